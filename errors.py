@@ -1,0 +1,61 @@
+"""Errors a user can mend: one line and exit status 2, never a traceback. A bug keeps its traceback.
+
+`InputError` is raised wherever bad data, flags, files or hardware are noticed; every command ends in `run(main)`,
+which prints it. `ArgumentParser` gives flags the same voice.
+"""
+import argparse
+import errno
+import os
+import sys
+
+
+class InputError(ValueError):
+    """What was found, where, what was expected and the remedy, in one line."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors; an abbreviated flag is a typo, not a guess."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def run(main):
+    """Call `main` and leave the process: 0, or 2 with one line on stderr for what the user can mend."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def explain(error):
+    """The one line for an error that the user can mend, or None for a bug.
+
+    An exception from a DataLoader worker arrives with the worker's traceback as its text; only its last part is kept.
+    """
+    text = str(error)
+    if isinstance(error, InputError):
+        return text.rpartition("InputError: ")[2].strip()
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"disk full{_file(error)}: nothing half-written was kept; free some space and run the command again"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"no permission{_file(error)}: choose a folder that can be written, such as another --output_dir"
+    # torch's own class for this, found by name so that commands without torch need not import it
+    if type(error).__name__ == "OutOfMemoryError":
+        return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"
+    if isinstance(error, RuntimeError) and ("shared memory" in text or "bus error" in text.lower()):
+        return "too little shared memory for the loader's workers: pass --num_workers 0, or enlarge /dev/shm"
+    return None
+
+
+def _file(error):
+    return f" at {os.fspath(error.filename)}" if error.filename else ""

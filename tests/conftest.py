@@ -1,0 +1,129 @@
+"""Made-up people in the competition's layout, and the real commands as real processes."""
+import contextlib
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+SHOTS = ["incorrect_mask", "mask1", "mask2", "mask3", "mask4", "mask5", "normal"]
+# Flags of a run of seconds: a small backbone on small photos, from scratch.
+FAST = ["--model", "resnet18", "--weights", "none", "--resize", "32", "24", "--batch_size", "16", "--device", "cpu",
+        "--num_workers", "0"]
+
+# The commands' processes are forked from a server that has imported them once: real processes, without seconds of imports each.
+os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+os.environ["OMP_NUM_THREADS"] = "1"
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(["train", "inference", "f1", "torch.utils.tensorboard", "matplotlib.figure"])
+
+
+def make_people(n, seed=0):
+    """Folder names of n people of both genders and all ages."""
+    rng = np.random.default_rng(seed)
+    ages = [22, 45, 60]
+    return [f"{i:06d}_{['male', 'female'][i % 2]}_Asian_{ages[(i // 2) % 3] + rng.integers(0, 4)}" for i in range(1, n + 1)]
+
+
+def write_photo(path, label, rng, size=(24, 32)):
+    """A photo whose colours tell the class: mask at the bottom, gender at the top, age by brightness, and noise."""
+    mask, gender, age = label // 6, label // 3 % 2, label % 3
+    pixels = np.zeros((size[1], size[0], 3)) + 60 + 40 * age
+    pixels[size[1] // 2:, :, mask] += 80
+    pixels[:size[1] // 2, :, gender] += 80
+    Image.fromarray((pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)).save(path, quality=95)
+
+
+def write_train(root, people, shots=SHOTS):
+    """A train part with these people; returns the root."""
+    from dataset import GENDERS, MASK_OF_SHOT, age_band, encode
+    rng = np.random.default_rng(0)
+    rows = []
+    for person in people:
+        person_id, gender, race, age = person.split("_")
+        rows.append((person_id, gender, race, age, person))
+        folder = root / "train" / "images" / person
+        folder.mkdir(parents=True)
+        for shot in shots:
+            write_photo(folder / f"{shot}.jpg", encode(MASK_OF_SHOT[shot], GENDERS.index(gender), int(age_band(int(age)))), rng)
+    pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"]).to_csv(root / "train" / "train.csv", index=False)
+    return root
+
+
+def write_eval(root, count=20):
+    """An eval part of `count` photos with answers.csv; returns the root."""
+    rng = np.random.default_rng(1)
+    (root / "eval" / "images").mkdir(parents=True)
+    ids = [f"{i * 7919 % 9973:040x}.jpg" for i in range(count)]
+    labels = np.arange(count) % 18
+    for image_id, label in zip(ids, labels, strict=True):
+        write_photo(root / "eval" / "images" / image_id, label, rng)
+    pd.DataFrame({"ImageID": ids, "ans": 0}).to_csv(root / "eval" / "info.csv", index=False)
+    pd.DataFrame({"ImageID": ids, "ans": labels}).to_csv(root / "eval" / "answers.csv", index=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """24 people and 20 photos to predict; tests only read it."""
+    return write_eval(write_train(tmp_path_factory.mktemp("dataset"), make_people(24)))
+
+
+@pytest.fixture
+def copy(dataset, tmp_path):
+    """The same dataset, to spoil."""
+    import shutil
+    return Path(shutil.copytree(dataset, tmp_path / "copy"))
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Run a command in a process of its own: command("train", ...) -> returncode, stdout, stderr."""
+    return lambda name, *argv, cwd=tmp_path, **env: run_command(name, argv, cwd, env)
+
+
+@pytest.fixture(scope="session")
+def trained(dataset, tmp_path_factory):
+    """A results folder with checkpoint-5 and checkpoint-9 of a small model."""
+    folder = tmp_path_factory.mktemp("trained")
+    result = run_command("train", ["--data_dir", dataset, *FAST, "--epochs", "1", "--eval_steps", "5", "--lr", "3e-3"], folder, {})
+    assert result.returncode == 0, result.stderr
+    return folder / "results"
+
+
+def run_command(name, argv, cwd, env):
+    logs = [Path(cwd) / f".{name}.{stream}" for stream in ("out", "err")]
+    process = context.Process(target=_child, args=(name, list(map(str, argv)), str(cwd), env, list(map(str, logs))))
+    process.start()
+    process.join(300)
+    if process.exitcode is None:
+        process.kill()
+        pytest.fail(f"{name} {argv} is still running after 300 s")
+    stdout, stderr = (log.read_text() for log in logs)
+    return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
+
+
+def _child(name, argv, cwd, env, logs):
+    os.environ.update({key: str(value) for key, value in env.items()})
+    os.chdir(cwd)
+    if "FILE_SIZE_LIMIT" in env:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (env["FILE_SIZE_LIMIT"],) * 2)
+    for log, stream in zip(logs, (1, 2), strict=True):
+        with open(log, "wb") as file:
+            os.dup2(file.fileno(), stream)
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    from errors import run
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: (sys.stdout.flush(), sys.stderr.flush()))
+        run(lambda: importlib.import_module(name).main(argv))

@@ -1,0 +1,273 @@
+import logging
+import os
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_people, write_eval, write_train
+from PIL import Image
+
+import dataset as d
+from dataset import (
+    AUGMENTATIONS,
+    EpochSampler,
+    Geometry,
+    MaskDataset,
+    age_band,
+    create_loader,
+    decode,
+    encode,
+    read_eval,
+    read_image,
+    read_train,
+    split_people,
+)
+from errors import InputError
+
+
+def test_class_code_by_the_task_statement():
+    table = {(0, 0, 0): 0, (0, 0, 2): 2, (0, 1, 0): 3, (1, 0, 0): 6, (1, 1, 2): 11, (2, 0, 1): 13, (2, 1, 2): 17}
+    for parts, label in table.items():
+        assert encode(*parts) == label and decode(label) == parts
+    assert age_band([18, 29, 30, 59, 60, 75]).tolist() == [0, 0, 1, 1, 2, 2]
+    assert d.CLASS_NAMES[10] == "incorrect, female, 30-59" and len(d.CLASS_NAMES) == 18
+
+
+@pytest.mark.parametrize("inside", ["", "train", "train/images", "eval", "eval/images"])
+def test_any_folder_of_the_dataset_will_do(dataset, inside):
+    assert len(read_train(dataset / inside)) == 24 * 7
+    assert len(read_eval(dataset / inside)) == 20
+
+
+def test_reader_survives_the_quirks(tmp_path):
+    people = ["003397_male_Asian_20", "003397_female_Asian_61", "001498-1_male_Asian_23"]
+    root = write_train(tmp_path, people)
+    images = root / "train" / "images"
+    for folder in images.iterdir():  # the twins that macOS leaves, which are no images
+        for photo in list(folder.iterdir()):
+            (folder / f"._{photo.name}").write_bytes(b"\0\5\26\7 not an image")
+    (images / "._003397_male_Asian_20").write_bytes(b"x")
+    shutil.copytree(images / people[0], images / ".trash")
+    Image.open(images / people[0] / "mask1.jpg").save(images / people[0] / "mask1.png")
+    (images / people[0] / "mask1.jpg").unlink()
+    (images / people[0] / "mask2.jpg").rename(images / people[0] / "mask2.jpeg")
+    (images / people[1] / "Thumbs.db").write_bytes(b"x")
+    photos = read_train(root)
+    assert len(photos) == 21 and photos.person.nunique() == 3
+    assert not photos.path.str.contains("/._", regex=False).any()
+    assert sorted(photos[photos.person == people[0]].path.map(os.path.basename))[1:3] == ["mask1.png", "mask2.jpeg"]
+    assert photos[photos.person == people[1]].label.tolist() == [11, 5, 5, 5, 5, 5, 17]
+
+
+def test_missing_shots_are_a_warning(tmp_path, caplog):
+    root = write_train(tmp_path, make_people(3))
+    (root / "train" / "images" / make_people(3)[0] / "normal.jpg").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert len(read_train(root)) == 20
+    assert make_people(3)[0] in caplog.text
+
+
+def original(n=2700):
+    """The people of a dataset that is recognisably the original, as a table."""
+    people = [f"{i:06d}_male_Asian_19" for i in range(2, 2700)]
+    people = ["000001_female_Asian_45", *people, "006959_male_Asian_19"]
+    replace = {f"{i:06d}_male_Asian_19": f"{i + 4000:06d}_male_Asian_19" for i in range(2356, 2365)}
+    replace |= {"002359_male_Asian_19": "006359_female_Asian_18", "000020_male_Asian_19": "000020_female_Asian_50",
+                "000021_male_Asian_19": "004432_female_Asian_43", "000022_male_Asian_19": "001498-1_male_Asian_23"}
+    return sorted(replace.get(person, person) for person in people)[:n]
+
+
+def test_known_wrong_labels_are_fixed_only_in_the_original(tmp_path, caplog):
+    root = tmp_path
+    rows = [dict(zip(["id", "gender", "race", "age"], p.split("_"), strict=True), path=p) for p in original()]
+    for row in rows:
+        folder = root / "train" / "images" / row["path"]
+        folder.mkdir(parents=True)
+        for shot in ("mask1", "incorrect_mask", "normal"):
+            (folder / f"{shot}.jpg").write_bytes(b"")
+    pd.DataFrame(rows).to_csv(root / "train" / "train.csv", index=False)
+    with caplog.at_level(logging.INFO, logger="mask"):
+        fixed, as_it_is = read_train(root), read_train(root, fix_labels=False)
+    changed = fixed[fixed.label != as_it_is.label]
+    assert set(changed.person) == {"006359_female_Asian_18", "001498-1_male_Asian_23", "000020_female_Asian_50"}
+    assert fixed[fixed.person == "006359_female_Asian_18"].gender.tolist() == [0, 0, 0]
+    assert fixed[fixed.person == "001498-1_male_Asian_23"].gender.tolist() == [1, 1, 1]
+    swapped = fixed[fixed.person == "000020_female_Asian_50"].set_index("shot")["mask"]
+    assert swapped.to_dict() == {"incorrect_mask": 2, "mask1": 0, "normal": 1}
+    assert caplog.text.count("label fixed") == 3
+    # one person fewer is another dataset: nothing is touched
+    pd.DataFrame(rows[:-2] + rows[-1:]).to_csv(root / "train" / "train.csv", index=False)
+    shutil.rmtree(root / "train" / "images" / rows[-2]["path"])
+    assert (read_train(root).label == read_train(root, fix_labels=False).label).all()
+
+
+def people_table(n, seed=0):
+    people = make_people(n, seed)
+    genders = [d.GENDERS.index(p.split("_")[1]) for p in people]
+    ages = [int(age_band(int(p.split("_")[3]))) for p in people]
+    table = pd.DataFrame({"person": people, "gender": genders, "age": ages})
+    return table.loc[table.index.repeat(7)].reset_index(drop=True)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.181, 0.5, 0.05])
+def test_split_is_by_person_stratified_and_exact(ratio):
+    photos = people_table(199)
+    train, valid = split_people(photos, ratio, seed=3)
+    assert not set(train.person) & set(valid.person) and len(train) + len(valid) == len(photos)
+    assert valid.person.nunique() == round(199 * ratio)
+    for group, people in photos.drop_duplicates("person").groupby(["gender", "age"]):
+        held = valid.drop_duplicates("person").groupby(["gender", "age"]).size().get(group, 0)
+        assert abs(held - ratio * len(people)) < 1
+
+
+def test_split_does_not_depend_on_the_listing_order():
+    photos = people_table(60)
+    one = split_people(photos, 0.2, seed=5)[1]
+    other = split_people(photos.sample(frac=1, random_state=1), 0.2, seed=5)[1]
+    assert set(one.person) == set(other.person)
+    assert set(one.person) != set(split_people(photos, 0.2, seed=6)[1].person)
+
+
+def test_folds_hold_everyone_out_once():
+    photos = people_table(61)
+    held = [set(split_people(photos, seed=1, n_folds=5, fold=k)[1].person) for k in range(5)]
+    assert sum(map(len, held)) == 61 and set.union(*held) == set(photos.person)
+    assert {len(people) for people in held} == {12, 13}
+
+
+def test_val_ratio_zero_trains_on_everyone():
+    train, valid = split_people(people_table(10), val_ratio=0)
+    assert train.person.nunique() == 10 and len(valid) == 0
+
+
+def test_modes_are_converted_alike(tmp_path):
+    ramp = np.tile(np.linspace(40, 200, 32).astype(np.uint8), (32, 1))
+    gray = Image.fromarray(ramp)
+    rgb = np.stack([ramp] * 3, axis=2)
+    variants = {"gray.png": gray, "rgb.png": Image.fromarray(rgb), "alpha.png": Image.fromarray(rgb).convert("RGBA"),
+                "la.png": gray.convert("LA"), "palette.png": gray.convert("P"),
+                "16bit.png": Image.fromarray(ramp.astype(np.uint16) * 257), "cmyk.jpg": Image.fromarray(rgb).convert("CMYK")}
+    for name, image in variants.items():
+        image.save(tmp_path / name, **({"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}))
+        read = np.asarray(read_image(tmp_path / name)).astype(int)
+        assert read.shape == (32, 32, 3), name
+        assert abs(read - rgb).max() <= 4, name
+
+
+def test_exif_rotation_is_undone(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, :20] = 250
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned a quarter clockwise when shown
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    read = np.asarray(read_image(tmp_path / "a.jpg"))
+    assert read.shape == (40, 20, 3) and read[:15].mean() > 240 and read[25:].mean() < 10
+
+
+def test_geometry_is_the_centre_crop_by_hand():
+    pixels = np.arange(40 * 20, dtype=np.float64).reshape(40, 20) % 251
+    image = Image.fromarray(np.stack([pixels.astype(np.uint8)] * 3, axis=2))
+    # half the height and width, at the resolution it has: a plain slice
+    assert (Geometry((20, 10), (0.5, 0.5))(image)[:, :, 0] == pixels[10:30, 5:15]).all()
+    assert Geometry((8, 6))(image).shape == (8, 6, 3)  # (height, width), never the other way round
+
+
+def test_training_and_validation_share_the_geometry_and_only_training_is_augmented(dataset):
+    photos = read_train(dataset)
+    plain = MaskDataset(photos, Geometry((32, 24)))
+    train = MaskDataset(photos, Geometry((32, 24)), "strong")
+    assert torch.equal(plain[3][0], train[3][0])  # asked for without a draw seed, as validation does
+    assert not torch.equal(plain[3][0], train[3, 7][0])
+    assert torch.equal(train[3, 7][0], train[3, 7][0]) and not torch.equal(train[3, 7][0], train[3, 8][0])
+    assert plain[3][0].dtype == torch.uint8 and plain[3][0].shape == (3, 32, 24)
+
+
+def test_labels_are_never_read_from_images(dataset):
+    photos = read_train(dataset).assign(path="nowhere.jpg")
+    assert len(list(EpochSampler(photos, 16, "balanced"))) == 11
+
+
+@pytest.mark.parametrize("augmentation", AUGMENTATIONS)
+def test_transforms_of_a_preset_draw_independently(augmentation):
+    """Given one seed for all, every transform would draw the same number: flipped photos would be the brightened ones."""
+    transforms = MaskDataset(pd.DataFrame({"path": []}), None, augmentation).augment
+    if not len(transforms):
+        return
+    import random
+    transforms.set_random_state(np.random.default_rng(1), random.Random(1))
+    assert len({id(t.py_random) for t in transforms}) == 1
+    assert transforms[0].py_random.random() != transforms[-1].py_random.random()
+
+
+def batches(photos, workers, sampler, epoch=0, first=0):
+    data = MaskDataset(photos, Geometry((16, 16)), "base")
+    order = EpochSampler(photos, 16, sampler, seed=4)
+    order.set_epoch(epoch, first)
+    return list(create_loader(data, workers, batch_sampler=order))
+
+
+def test_batches_are_the_same_for_any_number_of_workers(dataset):
+    photos = read_train(dataset)
+    one, other = (batches(photos, workers, "sqrt", epoch=1) for workers in (0, 3))
+    for (a, la), (b, lb) in zip(one, other, strict=True):
+        assert torch.equal(a, b) and torch.equal(la, lb)
+
+
+def test_an_epoch_can_be_entered_in_the_middle(dataset):
+    photos = read_train(dataset)
+    for (a, _), (b, _) in zip(batches(photos, 0, "none")[4:], batches(photos, 0, "none", first=4), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_every_photo_once_an_epoch_and_no_runt_batch(dataset):
+    photos = read_train(dataset)  # 168 = 5 x 32 + 8
+    sampler = EpochSampler(photos, 32, "none", seed=1)
+    orders = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        sizes = [len(batch) for batch in sampler]
+        assert len(sizes) == 6 and max(sizes) - min(sizes) <= 1 and max(sizes) <= 32
+        orders.append([index for batch in sampler for index, _ in batch])
+        assert sorted(orders[-1]) == list(range(168))
+    assert orders[0] != orders[1]
+
+
+def test_weighted_sampler_draws_groups_as_asked():
+    # 60 young men, 30 of them old: shares 2/3 and 1/3 by nature, 1/2 balanced, sqrt(2) : 1 by the square root
+    photos = pd.DataFrame({"gender": 0, "age": [0] * 600 + [2] * 300})
+    for sampler, share in [("none", 1 / 3), ("balanced", 1 / 2), ("sqrt", 1 / (1 + 2 ** 0.5))]:
+        drawn = []
+        order = EpochSampler(photos, 900, sampler, seed=2)
+        for epoch in range(20):
+            order.set_epoch(epoch)
+            drawn += [index >= 600 for batch in order for index, _ in batch]
+        # three standard errors of 18,000 draws
+        assert np.mean(drawn) == pytest.approx(share, abs=1e-9 if sampler == "none" else 3 * (0.25 / 18000) ** 0.5)
+
+
+def test_a_photo_drawn_twice_gets_two_augmentations():
+    photos = pd.DataFrame({"gender": [0, 1], "age": [0, 0]})
+    seeds = [seed for batch in EpochSampler(pd.concat([photos] * 50), 100, "balanced") for _, seed in batch]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_submission_order_is_info_order(tmp_path):
+    root = write_eval(tmp_path)
+    ids = pd.read_csv(root / "eval" / "info.csv").ImageID.tolist()
+    assert read_eval(root).ImageID.tolist() == ids != sorted(ids)
+
+
+def test_links_of_the_owner_are_followed(tmp_path, dataset):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "images").symlink_to(dataset / "train" / "images")
+    shutil.copy(dataset / "train" / "train.csv", tmp_path / "train")
+    assert len(read_train(tmp_path)) == 168
+
+
+def test_too_few_people():
+    with pytest.raises(InputError, match="3 people are too few for --n_folds 5"):
+        split_people(people_table(3), n_folds=5, fold=0)
+    with pytest.raises(InputError, match="too few for --val_ratio"):
+        split_people(people_table(2), val_ratio=0.2)
