@@ -1,0 +1,123 @@
+"""Losses over the 18 classes, and class weights.
+
+Every loss takes logits (B, 18) and labels (B,) of 0..17 and returns a scalar. Class weights are scaled to a mean of 1
+over the training photos, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
+neither the scale of the loss nor the best learning rate, and the batches of a step add up to it.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dataset import NUM_CLASSES
+from errors import InputError
+
+
+class CrossEntropyLoss(nn.Module):
+    """Cross entropy with optional class weights and label smoothing (Szegedy et al. 2016, section 7).
+
+    With smoothing s the target is 1 - s on the true class plus s / 18 on every class.
+
+    Args:
+        weight: (18,) class weights, or None for all 1; applied by the true class.
+        smoothing: s, in [0, 1).
+    """
+
+    def __init__(self, weight=None, smoothing=0.0):
+        super().__init__()
+        self.register_buffer("weight", _weight(weight))
+        self.smoothing = smoothing
+
+    def forward(self, logits, labels):
+        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
+        return (self.weight[labels] * losses).mean()
+
+
+class FocalLoss(nn.Module):
+    """Focal loss, -(1 - p)^gamma log p for the true class's probability p (Lin et al. 2017, equation 5).
+
+    Args:
+        weight: (18,) class weights (the paper's alpha), or None for all 1.
+        gamma: focusing parameter, >= 0; 0 is cross entropy.
+    """
+
+    def __init__(self, weight=None, gamma=2.0):
+        super().__init__()
+        self.register_buffer("weight", _weight(weight))
+        self.gamma = gamma
+
+    def forward(self, logits, labels):
+        log_p = F.log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
+        # expm1 keeps 1 - p exact, and its gradient finite, where p is close to 1.
+        return (-self.weight[labels] * (-torch.expm1(log_p)).clamp_min(1e-8) ** self.gamma * log_p).mean()
+
+
+class SoftF1Loss(nn.Module):
+    """1 - macro F1 with probabilities in place of counts (the soft F1 of sigmoidF1, Benedict et al. 2021, over softmax).
+
+    The mean is over the classes that occur in the batch: the F1 of an absent class has no gradient worth following.
+    It does not add up over parts of a batch: with --accumulation_steps each part is scored by itself.
+    """
+
+    def forward(self, logits, labels):
+        p = logits.float().softmax(dim=1)
+        truth = F.one_hot(labels, p.shape[1]).to(p.dtype)
+        f1 = 2 * (p * truth).sum(0) / (p.sum(0) + truth.sum(0))
+        present = (truth.sum(0) > 0).to(p.dtype)
+        return 1 - (f1 * present).sum() / present.sum()
+
+
+class SumLoss(nn.Module):
+    """The plain sum of several losses, as the strongest solutions of this task add soft F1 to cross entropy or focal."""
+
+    def __init__(self, *losses):
+        super().__init__()
+        self.losses = nn.ModuleList(losses)
+
+    def forward(self, logits, labels):
+        return sum(loss(logits, labels) for loss in self.losses)
+
+
+# name -> function of (class weights or None, label smoothing, focal gamma)
+LOSSES = {
+    "cross_entropy": lambda weight, smoothing, gamma: CrossEntropyLoss(weight),
+    "label_smoothing": lambda weight, smoothing, gamma: CrossEntropyLoss(weight, smoothing),
+    "focal": lambda weight, smoothing, gamma: FocalLoss(weight, gamma),
+    "f1": lambda weight, smoothing, gamma: SoftF1Loss(),
+    "ce_f1": lambda weight, smoothing, gamma: SumLoss(CrossEntropyLoss(weight), SoftF1Loss()),
+    "focal_f1": lambda weight, smoothing, gamma: SumLoss(FocalLoss(weight, gamma), SoftF1Loss()),
+}
+CLASS_WEIGHTS = ("none", "balanced", "sqrt", "effective")
+
+
+def create_loss(name, weight=None, smoothing=0.05, gamma=2.0):
+    """The loss of a name in LOSSES, with class weights (18,) or None.
+
+    Raises:
+        InputError: for class weights with "f1", which weighs all classes alike by its definition.
+    """
+    if name == "f1" and weight is not None:
+        raise InputError("--criterion f1 takes no --class_weights: macro F1 weighs all classes alike; pass --class_weights none")
+    return LOSSES[name](weight, smoothing, gamma)
+
+
+def class_weights(labels, scheme, beta=0.999):
+    """Weights (18,) from the labels of the training photos, with a mean of 1 over those photos; None for "none".
+
+    A class without a photo gets 0: it never occurs.
+
+    Args:
+        labels: integer array (N,) of 0..17.
+        scheme: "balanced" is proportional to 1 / n, "sqrt" to 1 / sqrt(n), "effective" to (1 - beta) / (1 - beta^n), the
+            inverse effective number of samples (class-balanced loss, Cui et al. 2019, equation 2).
+    """
+    if scheme == "none":
+        return None
+    counts = np.bincount(labels, minlength=NUM_CLASSES).astype(float)
+    n = np.maximum(counts, 1)
+    raw = {"balanced": 1 / n, "sqrt": n ** -0.5, "effective": (1 - beta) / (1 - beta ** n)}[scheme] * (counts > 0)
+    return torch.tensor(raw * counts.sum() / (raw * counts).sum(), dtype=torch.float32)
+
+
+def _weight(weight):
+    return torch.ones(NUM_CLASSES) if weight is None else weight.float()
