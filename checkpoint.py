@@ -1,0 +1,277 @@
+"""The checkpoint folder: write it whole, read it without running its code, find the best, refuse the broken.
+
+    results/checkpoint-500/model.safetensors       the weights inference uses (averaged if averaging is on)
+                           config.json             timm's model-folder format, plus our keys under "mask_classification"
+                           trainer_state.json      step, epoch, best so far, history of metrics, the flags
+                           valid_predictions.csv   ImageID, person, label, ans and 18 probabilities of each validation photo
+                           training_state.pt       what only resuming needs; kept for the last two checkpoints
+
+For a timm architecture `timm.create_model("local-dir:results/checkpoint-500", pretrained=True)` gives the same model.
+"""
+import json
+import logging
+import os
+import pickle
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from dataset import CLASS_NAMES, NUM_CLASSES
+from errors import InputError
+from model import create_model, inference_state, input_statistics, model_args
+
+log = logging.getLogger("mask")
+
+OUR_KEY = "mask_classification"
+KEPT_TRAINING_STATES = 2
+
+
+def model_config(model, name, geometry, dataset):
+    """The config.json of a model: timm's format, and what inference needs under "mask_classification".
+
+    Args:
+        model: as built by `create_model` for `name`.
+        geometry: the `Geometry` it is trained with.
+        dataset: JSON-able facts about the training data (class counts, where its eval part is).
+    """
+    mean, std = input_statistics(model)
+    source = dict(getattr(model, "pretrained_cfg", {}))
+    cfg = {key: source[key] for key in ("pool_size", "first_conv", "classifier", "fixed_input_size") if source.get(key)}
+    cfg |= {"input_size": [3, *geometry.size], "num_classes": NUM_CLASSES, "mean": mean, "std": std, "crop_pct": 1.0,
+            "crop_mode": "squash", "interpolation": "bilinear", "custom_load": False}
+    config = {"architecture": source.get("architecture", name), "num_classes": NUM_CLASSES}
+    if hasattr(model, "num_features"):
+        config["num_features"] = model.num_features
+    config |= {"label_names": CLASS_NAMES, "model_args": model_args(name, geometry.size), "pretrained_cfg": cfg}
+    return config | {OUR_KEY: {"model": name, "size": geometry.size, "crop": geometry.crop, "mean": mean, "std": std,
+                               "classes": CLASS_NAMES, **dataset}}
+
+
+def check_output_dir(output_dir, resumes, overwrites, argv):
+    """InputError if the results folder cannot be made, or holds a run and no flag says what to do with it."""
+    path = next(path for path in [output_dir.absolute(), *output_dir.absolute().parents] if path.exists())
+    if not path.is_dir():
+        raise InputError(f"--output_dir {output_dir}: {path} is a file; expected a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {output_dir}: no permission to write in {path}; choose another --output_dir")
+    if list_checkpoints(output_dir) and not resumes and not overwrites:
+        other = next(f"{output_dir}-{n}" for n in range(2, 1000) if not Path(f"{output_dir}-{n}").exists())
+        command = shlex.join(["python", "train.py", *argv, "--output_dir", other])
+        raise InputError(f"--output_dir {output_dir}: already holds a run; pass --resume to go on with it, --overwrite to "
+                         f"delete it, or run: {command}")
+
+
+def delete_run(output_dir):
+    """Remove what a run wrote into its results folder, and nothing else."""
+    for folder in [*list_checkpoints(output_dir), output_dir / "tensorboard"]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for name in ("log.jsonl", "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png"):
+        (output_dir / name).unlink(missing_ok=True)
+
+
+def resume(output_dir, state):
+    """Fill `state` from the last checkpoint and return its training state, or None if there is no checkpoint yet.
+
+    Raises:
+        InputError: if a flag differs that would change what was already computed.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    if not checkpoints:
+        log.info(f"nothing to resume in {output_dir} yet: starting from step 0")
+        return None
+    before = read_trainer_state(checkpoints[-1])
+    for key, value in state["args"].items():
+        if key != "epochs" and before["args"].get(key) != value:
+            raise InputError(f"--resume: --{key} was {before['args'].get(key)} and is now {value}, which would change what was "
+                             f"already computed; pass --{key} {before['args'].get(key)}, or another --output_dir")
+    epochs = before["args"].get("epochs")
+    if epochs != state["args"]["epochs"]:
+        log.info(f"--epochs was {epochs} and is now {state['args']['epochs']}: the schedule changes from here")
+    training_state = read_training_state(checkpoints[-1])
+    state |= {key: before[key] for key in ("step", "epoch", "best_step", "best_macro_f1", "history")}
+    log.info(f"resuming from {checkpoints[-1]}")
+    return training_state
+
+
+def save_checkpoint(output_dir, model, config, trainer_state, predictions, training_state):
+    """Write checkpoint-<step> whole or not at all: temporary name, flush to disk, rename.
+
+    Args:
+        output_dir: the results folder.
+        model: the one inference will use.
+        config: from `model_config`.
+        trainer_state: JSON-able, with "step"; no timings, so that equal runs have equal files.
+        predictions: DataFrame for valid_predictions.csv, or None.
+        training_state: what only resuming needs; tensors, numbers and containers of them.
+
+    Returns:
+        Path of the new folder.
+    """
+    final = Path(output_dir) / f"checkpoint-{trainer_state['step']}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        # save_file would make a file that only its owner can read.
+        weights = safetensors.torch.save(inference_state(model), metadata={"format": "pt"})
+        (temporary / "model.safetensors").write_bytes(weights)
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "trainer_state.json", trainer_state)
+        if predictions is not None:
+            predictions.to_csv(temporary / "valid_predictions.csv", index=False, float_format="%.6f")
+        _save_tensors(training_state, temporary / "training_state.pt")
+        for file in [*temporary.iterdir(), temporary]:
+            _flush(file)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _flush(final.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def prune_checkpoints(output_dir, keep_last):
+    """Remove all but the last `keep_last` checkpoints and the best; keep what only resuming needs for the last two."""
+    checkpoints = list_checkpoints(output_dir)
+    best = read_trainer_state(checkpoints[-1])["best_step"]
+    for folder in checkpoints[:-keep_last]:
+        if step_of(folder) != best:
+            shutil.rmtree(folder)
+    for folder in checkpoints[:-KEPT_TRAINING_STATES]:
+        (folder / "training_state.pt").unlink(missing_ok=True)
+
+
+def list_checkpoints(output_dir):
+    """The checkpoint-<step> folders of a results folder, by step."""
+    if not Path(output_dir).is_dir():
+        return []
+    folders = [path for path in Path(output_dir).iterdir() if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    return sorted(folders, key=step_of)
+
+
+def step_of(folder):
+    return int(Path(folder).name.partition("-")[2])
+
+
+def find_checkpoint(model_dir):
+    """The checkpoint that `--model_dir` means: itself, or the best of a results folder.
+
+    Raises:
+        InputError: if there is none; those that exist are named.
+    """
+    model_dir = Path(model_dir)
+    if (model_dir / "config.json").is_file():
+        return model_dir
+    checkpoints = list_checkpoints(model_dir)
+    if checkpoints:
+        best = read_trainer_state(checkpoints[-1])["best_step"]
+        return next((folder for folder in checkpoints if step_of(folder) == best), checkpoints[-1])
+    beside = [str(folder) for folder in list_checkpoints(model_dir.parent) if folder != model_dir]
+    found = "is not a checkpoint: it has no config.json" if model_dir.exists() else "no such checkpoint"
+    raise InputError(f"--model_dir {model_dir}: {found}; " +
+                     (f"those that exist: {', '.join(beside)}" if beside else "train one first: python train.py"))
+
+
+def load_model(folder):
+    """The model of a checkpoint in evaluation mode, on the CPU, and our part of its config.json.
+
+    Returns:
+        (model, config): config has size, crop, mean, std, classes and what `model_config` was told of the dataset.
+
+    Raises:
+        InputError: for a half-written or damaged checkpoint, another format, or another number of classes.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    ours = config.get(OUR_KEY)
+    if not isinstance(ours, dict):
+        raise InputError(f"{folder / 'config.json'}: no {OUR_KEY!r} in it; expected a checkpoint written by train.py")
+    if config.get("num_classes") != NUM_CLASSES:
+        raise InputError(f"{folder / 'config.json'}: {config.get('num_classes')} classes; expected {NUM_CLASSES}")
+    if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), n) for key, n in
+                                                       [("size", 2), ("crop", 2), ("mean", 3), ("std", 3)])):
+        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean and std under {OUR_KEY!r}")
+    state = read_weights(folder / "model.safetensors")
+    model = create_model(ours["model"], ours["size"], weights="none")
+    own = model.state_dict()
+    wrong = sorted(own.keys() ^ state.keys()) or [key for key in own if own[key].shape != state[key].shape]
+    if wrong:
+        raise InputError(f"{folder / 'model.safetensors'}: does not fit {ours['model']} ({wrong[0]}, {len(wrong)} such); "
+                         f"expected the weights of config.json's architecture")
+    model.load_state_dict(state)
+    return model.eval(), ours
+
+
+def read_weights(path):
+    """The tensors of a .safetensors file; InputError if it is missing or damaged."""
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, so the checkpoint is half-written; use another checkpoint") from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file, or damaged ({error}); use another checkpoint") from None
+
+
+def read_trainer_state(folder):
+    """trainer_state.json of a checkpoint; InputError if it is missing or damaged."""
+    path = Path(folder) / "trainer_state.json"
+    state = read_json(path)
+    if not {"step", "best_step", "history", "args"} <= state.keys():
+        raise InputError(f"{path}: damaged; expected step, best_step, history and args; use another checkpoint")
+    return state
+
+
+def read_training_state(folder):
+    """What only resuming needs, loaded without running code; InputError if it is missing or damaged."""
+    path = Path(folder) / "training_state.pt"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing; only the last {KEPT_TRAINING_STATES} checkpoints can be resumed from") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise InputError(f"{path}: holds something else than tensors, or is damaged ({str(error).splitlines()[0]}); "
+                         f"delete this checkpoint to resume from the one before") from None
+
+
+def read_json(path):
+    """A JSON object; InputError if the file is missing or damaged."""
+    try:
+        value = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path}: missing, so the checkpoint is half-written; use another checkpoint") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged, not JSON ({error}); use another checkpoint") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged; expected a JSON object; use another checkpoint")
+    return value
+
+
+def _numbers(value, length):
+    return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) for x in value)
+
+
+def _save_tensors(value, path):
+    try:
+        with open(path, "wb") as file:
+            torch.save(value, file)
+    except RuntimeError as error:
+        # torch reports a failed write as a wrong position, and the system's reason only as its context.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def _flush(path):
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
