@@ -9,17 +9,19 @@ from PIL import Image, ImageDraw, ImageFont
 from dataset import CLASS_NAMES, read_image
 
 
-def confusion_figure(labels, predictions):
-    """A matplotlib figure of the 18 x 18 confusion matrix, each row in shares of its true class."""
+def confusion_matrix(labels, predictions, path):
+    """Write a PNG of the 18 x 18 confusion matrix, rows in shares of their true class; returns it as an array (H, W, 3)."""
     # Slow to import, and needed once at the end of a run.
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    axes = Figure(figsize=(11, 10), layout="constrained").subplots()
+    figure = Figure(figsize=(10, 10), dpi=90)
+    axes = figure.add_axes((0.23, 0.23, 0.76, 0.76))
     ConfusionMatrixDisplay.from_predictions(
         labels, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES, normalize="true",
         xticks_rotation="vertical", values_format=".2f", cmap="Blues", ax=axes, colorbar=False, text_kw={"fontsize": 7})
-    return axes.figure
+    figure.savefig(path)
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def photo_sheet(images, captions, path, columns=6, height=192):
