@@ -333,6 +333,7 @@ class Geometry:
 # To add one: a function that returns a list of albumentations transforms of uint8 RGB images, and an entry here.
 AUGMENTATIONS = {
     "none": list,
+    "flip": lambda: [A.HorizontalFlip(p=0.5)],
     "base": lambda: [
         A.HorizontalFlip(p=0.5),
         A.Affine(scale=(0.9, 1.1), translate_percent=0.05, rotate=(-10, 10), border_mode=cv2.BORDER_REFLECT_101, p=0.8),

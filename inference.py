@@ -1,0 +1,217 @@
+"""Predict: one checkpoint, or the mean of several, to submission.csv.
+
+    python inference.py --model_dir=./results/checkpoint-500                 # the eval part of the data it was trained on
+    python inference.py --model_dir=./results --data_dir my_photos/          # any photos, with readable classes
+    python inference.py --model_dir results/fold-0 results/fold-1 --tta hflip
+
+Model, input size, crop, normalization and classes come from the checkpoint.
+"""
+import os
+from argparse import BooleanOptionalAction
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from checkpoint import find_checkpoint, load_model
+from dataset import (
+    AGES,
+    CLASS_NAMES,
+    GENDERS,
+    MASKS,
+    NUM_CLASSES,
+    Geometry,
+    MaskDataset,
+    create_loader,
+    decode,
+    find_part,
+    list_images,
+    normalize,
+    read_eval,
+)
+from errors import ArgumentParser, InputError, run
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    check_output(args.output, args.save_probs)
+    checkpoints = [find_checkpoint(model_dir) for model_dir in args.model_dir]
+    weights = np.ones(len(checkpoints)) if args.model_weights is None else np.array(args.model_weights)
+    if len(weights) != len(checkpoints) or not (weights >= 0).all() or not weights.sum() > 0:
+        raise InputError(f"--model_weights {args.model_weights}: expected a number >= 0 for each of the {len(checkpoints)} "
+                         f"--model_dir, not all 0")
+    members = [load_model(checkpoint) for checkpoint in checkpoints]
+
+    photos, data_dir, is_eval = choose_photos(args.data_dir, members[0][1], checkpoints[0])
+    output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
+    print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
+          f"{', '.join(map(str, checkpoints))}")
+
+    probabilities = np.zeros((len(photos), NUM_CLASSES))
+    for (model, config), weight in zip(members, weights / weights.sum(), strict=True):
+        dataset = MaskDataset(photos[["path"]], Geometry(config["size"], config["crop"]))
+        loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
+        model.to(device, memory_format=torch.channels_last)
+        probabilities += weight * infer(model, loader, (config["mean"], config["std"]), device, args.tta, args.amp)
+
+    predictions = probabilities.argmax(axis=1)
+    table = pd.DataFrame({"ImageID": photos.ImageID, "ans": predictions})
+    if not is_eval:
+        table = table.join(readable(probabilities, predictions))
+        print(table.head(10).to_string(index=False))
+    check_predictions(table, photos, probabilities)
+    print(histogram(predictions, members[0][1].get("class_counts")))
+    if args.save_probs:
+        columns = pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)])
+        write_csv(pd.concat([photos[["ImageID"]], columns], axis=1), args.save_probs)
+        print(f"wrote {args.save_probs}: the 18 probabilities of each photo")
+    write_csv(table, output)
+    print(f"wrote {output}: {len(table)} rows")
+    answers = Path(data_dir) / "answers.csv"
+    if is_eval and answers.is_file():
+        print(f"score it: python f1.py {output} {os.path.relpath(answers)}")
+
+
+@torch.inference_mode()
+def infer(model, loader, statistics, device, tta="none", amp=None):
+    """Class probabilities of every photo of a loader, in its order: (N, 18), float32. Training's validation uses it, too.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        loader: of (uint8 images, anything) batches.
+        statistics: (mean, std) of the normalization.
+        tta: "hflip" takes the mean over each photo and its mirror image.
+        amp: mixed precision; None means on CUDA only.
+    """
+    outputs = []
+    for images, _ in tqdm(loader, disable=None, leave=False, desc="predict"):
+        images = normalize(images, *statistics, device)
+        with autocast(device, amp):
+            probabilities = model(images).float().softmax(dim=1)
+            if tta == "hflip":
+                probabilities = (probabilities + model(images.flip(3)).float().softmax(dim=1)) / 2
+        outputs.append(probabilities)
+    return torch.cat(outputs).cpu().numpy()
+
+
+def autocast(device, amp=None):
+    """Mixed precision context: bfloat16 where the device has it, else float16; a no-op when off (None: on CUDA only)."""
+    enabled = device.type == "cuda" if amp is None else amp
+    dtype = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+
+
+def choose_device(name):
+    """The torch device of auto, cpu, cuda, cuda:N or mps; InputError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    kind, _, number = name.partition(":")
+    if kind not in available or not (number == "" or number.isdecimal()):
+        raise InputError(f"--device {name}: unknown; expected auto, cuda, cuda:N, mps or cpu")
+    if not available[kind] or (kind == "cuda" and int(number or 0) >= torch.cuda.device_count()):
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise InputError(f"--device {name}: not there; this machine has {there}; pass --device auto")
+    return torch.device(name)
+
+
+def choose_workers(num_workers, device):
+    """Loader processes: as asked, or for -1 one less than the cores this process may use, at most 8; on the CPU none.
+
+    There the model's own threads use all cores, and workers only fight with them.
+    """
+    if num_workers >= 0 or device.type == "cpu":
+        return max(num_workers, 0)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(8, max(cores - 1, 0))
+
+
+def choose_photos(data_dir, config, checkpoint):
+    """(photos, folder, whether they are an eval part): what --data_dir names, else the data of the checkpoint."""
+    if data_dir is None:
+        if not config.get("eval_dir"):
+            raise InputError(f"{checkpoint} was trained on data without an eval part; pass --data_dir")
+        if not Path(config["eval_dir"], "info.csv").is_file():
+            raise InputError(f"{config['eval_dir']}: the eval part of the checkpoint's training data is not there; pass --data_dir")
+        return read_eval(config["eval_dir"]), config["eval_dir"], True
+    if len(data_dir) == 1 and (folder := find_part(data_dir[0], "eval")):
+        return read_eval(folder), folder, True
+    return list_images(data_dir), data_dir[0], False
+
+
+def readable(probabilities, predictions):
+    """Columns mask, gender, age of the predicted class, its probability, and that of each attribute by itself."""
+    columns = {}
+    joint = probabilities.reshape(-1, len(MASKS), len(GENDERS), len(AGES))
+    rows = np.arange(len(predictions))
+    for name, names, value, axes in [("mask", MASKS, decode(predictions)[0], (2, 3)),
+                                     ("gender", GENDERS, decode(predictions)[1], (1, 3)),
+                                     ("age", AGES, decode(predictions)[2], (1, 2))]:
+        columns[name] = np.array(names)[value]
+        columns[f"{name}_probability"] = joint.sum(axis=axes)[rows, value].round(4)
+    return pd.DataFrame(columns | {"probability": probabilities[rows, predictions].round(4)})
+
+
+def check_predictions(table, photos, probabilities):
+    """Refuse to write a table that is not one finite prediction of 0..17 for each photo in order."""
+    if not np.isfinite(probabilities).all():
+        row = photos[~np.isfinite(probabilities).all(axis=1)].iloc[0]
+        raise InputError(f"{row.path}: the model gives no finite probability; the checkpoint is broken, use another one")
+    assert table.ImageID.tolist() == photos.ImageID.tolist() and table["ans"].between(0, NUM_CLASSES - 1).all()
+
+
+def histogram(predictions, training_counts):
+    """Predicted photos a class, beside the share that the class has in training."""
+    counts = np.bincount(predictions, minlength=NUM_CLASSES)
+    lines = [f"{'class':<29s} {'predicted':>9s} {'share':>7s}" + (f" {'training':>9s}" if training_counts else "")]
+    for label, name in enumerate(CLASS_NAMES):
+        line = f"{label:2d} {name:<26s} {counts[label]:9d} {counts[label] / len(predictions):7.1%}"
+        lines.append(line + (f" {training_counts[label] / sum(training_counts):9.1%}" if training_counts else ""))
+    return "\n".join(lines)
+
+
+def check_output(*paths):
+    """Say before the work that an output file cannot be written."""
+    for path in filter(None, paths):
+        if Path(path).is_dir():
+            raise InputError(f"{path}: is a folder; expected the name of a csv file to write")
+        if not Path(path).resolve().parent.is_dir():
+            raise InputError(f"{path}: its folder does not exist; create it first")
+
+
+def write_csv(table, path):
+    """Write a table whole or not at all."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        table.to_csv(temporary, index=False)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    # what to predict with
+    parser.add_argument("--model_dir", nargs="+", required=True, help="checkpoint-N or results folders; several are an ensemble")
+    parser.add_argument("--model_weights", nargs="+", type=float, help="weight of each --model_dir in the mean (default: equal)")
+    parser.add_argument("--tta", choices=["none", "hflip"], default="none", help="average over the photo and its mirror image")
+    # what to predict, and where to
+    parser.add_argument("--data_dir", nargs="+", help="dataset, photo folder or files (default: the checkpoint's eval part)")
+    parser.add_argument("--output", help="csv to write (default: submission.csv; predictions.csv for photos without an info.csv)")
+    parser.add_argument("--save_probs", metavar="CSV", help="also write the 18 probabilities of each photo")
+    # machine
+    parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
+    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
+    args = parser.parse_args(argv)
+    if args.valid_batch_size < 1:
+        raise InputError(f"--valid_batch_size {args.valid_batch_size}: expected at least 1")
+    return args
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,464 @@
+"""Train a classifier of mask x gender x age, and leave checkpoints in ./results.
+
+    python train.py                                    # ./data, or the built-in sample dataset if there is none
+    python train.py --data_dir DIR --model resnet --criterion focal --class_weights sqrt
+    python train.py --data_dir DIR --n_folds 5 --fold 0 --output_dir results/fold-0
+    python train.py ... --resume                       # go on from the last checkpoint
+"""
+import json
+import logging
+import math
+import os
+import sys
+import time
+from argparse import BooleanOptionalAction
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import timm.optim
+import torch
+from timm.utils import ModelEmaV3
+from tqdm import tqdm
+
+from checkpoint import check_output_dir, delete_run, model_config, prune_checkpoints, resume, save_checkpoint
+from dataset import (
+    AGES,
+    AUGMENTATIONS,
+    CLASS_NAMES,
+    GENDERS,
+    NUM_CLASSES,
+    SAMPLERS,
+    EpochSampler,
+    Geometry,
+    MaskDataset,
+    create_loader,
+    find_part,
+    normalize,
+    read_train,
+    split_people,
+)
+from errors import ArgumentParser, InputError, run
+from f1 import attribute_f1, bootstrap_interval, class_f1, macro_f1
+from inference import autocast, choose_device, choose_workers, infer
+from loss import CLASS_WEIGHTS, LOSSES, class_weights, create_loss
+from model import HEADS, create_model, input_statistics
+from plots import confusion_matrix, inputs_sheet, mistakes_sheet
+from sample_data import draw_sample_dataset
+
+log = logging.getLogger("mask")
+
+# What a dataset changes about the defaults; any flag on the command line wins over it.
+DATASET_DEFAULTS = {
+    # Small drawn photos, from scratch, in minutes on two cores.
+    "sample": {"resize": [80, 60], "crop": [0.85, 0.85], "augmentation": "flip", "weights": "none", "epochs": 4,
+               "batch_size": 16, "lr": 1e-3},
+    # The competition's own photos show a head in their middle.
+    "competition": {"crop": [0.625, 0.667]},
+}
+# Flags that a resumed run may change, because no number that was already computed depends on them.
+RESUMABLE = {"epochs", "data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
+             "valid_batch_size", "patience"}
+
+
+def main(argv=None):
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO)
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
+    device = choose_device(args.device)
+    output_dir = Path(args.output_dir)
+    check_output_dir(output_dir, args.resume, args.overwrite, argv)
+    data_dir, kind = choose_data(args.data_dir)
+    if DATASET_DEFAULTS.get(kind):
+        args = parse_args(argv, DATASET_DEFAULTS[kind])
+        log.info(f"{kind} defaults: {' '.join(f'--{key} {_flag(value)}' for key, value in DATASET_DEFAULTS[kind].items())}")
+
+    # data
+    photos = read_train(data_dir, args.fix_labels)
+    train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds, args.fold)
+    geometry = Geometry(args.resize, args.crop)
+    sampler = EpochSampler(train_photos, args.batch_size, args.sampler, args.seed)
+    train_set = MaskDataset(train_photos, geometry, args.augmentation)
+    num_workers = choose_workers(args.num_workers, device)
+    train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
+    valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
+    steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
+    total_steps = args.epochs * steps_per_epoch
+
+    # model
+    torch.manual_seed(args.seed)
+    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout)
+    model.to(device, memory_format=torch.channels_last)
+    statistics = input_statistics(model)
+    weight = class_weights(train_photos.label.to_numpy(), args.class_weights)
+    criterion = create_loss(args.criterion, weight, args.label_smoothing, args.gamma).to(device)
+    optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp is not False and device.type == "cuda"
+                                  and not torch.cuda.is_bf16_supported())
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
+    inference_model = ema.module if ema else model
+    config = model_config(model, args.model, geometry, {
+        "class_counts": np.bincount(train_photos.label, minlength=NUM_CLASSES).tolist(), **record_data(data_dir)})
+
+    # where it goes, and where it goes on
+    state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [],
+             "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE - {"epochs"}}}
+    if args.overwrite:
+        delete_run(output_dir)
+    if args.resume:
+        training_state = resume(output_dir, state)
+        if training_state:
+            model.load_state_dict(training_state["model"])
+            optimizer.load_state_dict(training_state["optimizer"])
+            scaler.load_state_dict(training_state["scaler"])
+            if ema:
+                ema.module.load_state_dict(training_state["ema"])
+        if state["step"] >= total_steps:
+            log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
+            return
+
+    describe(args, train_photos, valid_photos, weight, model, device, total_steps)
+    board = create_board(output_dir, state["step"])
+    board.add_image("inputs/augmented", inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png"), 0, dataformats="HWC")
+
+    def backward(images, labels, share):
+        images = normalize(images, *statistics, device)
+        with autocast(device, args.amp):
+            logits = model(images)
+        loss = share * criterion(logits.float(), labels.to(device, non_blocking=True))
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    def update_weights(step):
+        rate = learning_rate(step, total_steps, args.lr, args.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        scaler.unscale_(optimizer)
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.update(model, step)
+
+    bar = tqdm(total=total_steps, initial=state["step"], disable=None, unit="step", desc="train")
+    losses, recent, since = [], 0, time.perf_counter()
+    for epoch in range(state["step"] // steps_per_epoch, args.epochs):
+        sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
+        for step, loss, count in train_one_epoch(model, train_loader, args.accumulation_steps, backward, update_weights, args.seed,
+                                                 state["step"]):
+            losses.append(loss)
+            recent += count
+            bar.update()
+            state |= {"step": step, "epoch": round(step / steps_per_epoch, 4)}
+            rate = learning_rate(step, total_steps, args.lr, args.warmup)
+            if step % args.log_interval == 0:
+                value = finite(losses, step, rate)[-args.log_interval:]
+                speed = recent / (time.perf_counter() - since)
+                report_step(bar, board, step, total_steps, float(np.mean(value)), rate, speed)
+                recent, since = 0, time.perf_counter()
+            if step % args.eval_steps == 0 or step == total_steps:
+                metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(finite(losses, step, rate)))}
+                losses = []
+                predictions = None
+                if len(valid_photos):
+                    predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.amp)
+                    metrics |= score(predictions)
+                state["history"].append(metrics)
+                update_best(state)
+                folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
+                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                    "ema": ema.module.state_dict() if ema else None})
+                prune_checkpoints(output_dir, args.keep_last)
+                report_metrics(bar, board, state["history"], folder)
+                since = time.perf_counter()
+                if is_exhausted(state, args.patience):
+                    break
+        if is_exhausted(state, args.patience):
+            tqdm.write(f"stopped early: no better macro F1 in {args.patience} evaluations")
+            break
+    bar.close()
+    finish(state, output_dir, valid_photos, board, argv)
+
+
+def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step):
+    """Train over the loader's batches; a generator that stops after each optimizer step.
+
+    Args:
+        model: put into training mode before every step, since an evaluation may have come between.
+        loader: of (images, labels) batches.
+        accumulation_steps: batches to an optimizer step.
+        backward: (images, labels, share) -> the batch's mean loss times its share of the step; adds its gradients.
+        update_weights: called with the step's number when its gradients are there.
+        seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
+        step: optimizer steps done before.
+
+    Yields:
+        (step, loss, photos): steps done, the mean loss over the step's photos as a tensor (reading it would make the host
+        wait), and their number.
+    """
+    batches = iter(loader)
+    while group := list(islice(batches, accumulation_steps)):
+        step += 1
+        model.train()
+        torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
+        photos = sum(len(labels) for _, labels in group)
+        loss = sum(backward(images, labels, len(labels) / photos) for images, labels in group)
+        update_weights(step)
+        yield step, loss, photos
+
+
+def evaluate(model, loader, photos, statistics, device, amp):
+    """Predict the validation photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
+    model.eval()
+    probabilities = infer(model, loader, statistics, device, amp=amp)
+    ids = photos.person + "/" + photos.path.map(os.path.basename)
+    table = pd.DataFrame({"ImageID": ids, "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
+    return table.join(pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)]))
+
+
+def score(predictions):
+    """Metrics of a table of `evaluate`, over all its photos at once: a flat dict of floats."""
+    labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
+    likelihood = predictions[[f"p{label}" for label in range(NUM_CLASSES)]].to_numpy()[np.arange(len(labels)), labels]
+    attributes = {f"{name}_f1": value for name, value in attribute_f1(labels, answers).items()}
+    return {"valid_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
+            "accuracy": float((labels == answers).mean()), **attributes, "class_f1": class_f1(labels, answers).tolist()}
+
+
+def learning_rate(step, total_steps, peak, warmup):
+    """Linear warm-up over the share `warmup` of the steps, then a half cosine to 0 (Loshchilov & Hutter 2017, SGDR).
+
+    A function of the step alone (1 .. total_steps), so that there is nothing to restore when resuming.
+    """
+    warmup_steps = warmup * total_steps
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps + 1)))
+
+
+def create_optimizer(model, name, lr, weight_decay):
+    """timm's optimizer of that name (adamw, sgd, adam, ...), without weight decay on norms and biases.
+
+    Raises:
+        InputError: for an unknown name.
+    """
+    if name.lower() not in timm.optim.list_optimizers():
+        raise InputError(f"--optimizer {name}: unknown; such as adamw, sgd, adam, lamb, nadamw")
+    # one pass over the weights instead of a dozen, where torch has it
+    fused = {"fused": True} if name.lower() in ("adamw", "adam", "sgd") else {}
+    return timm.optim.create_optimizer_v2(model, opt=name.lower(), lr=lr, weight_decay=weight_decay, momentum=0.9, **fused)
+
+
+def finite(losses, step, rate):
+    """The losses as floats; InputError if the last of them are not finite."""
+    values = torch.stack(losses).tolist()
+    if not np.isfinite(values).all():
+        bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+        raise InputError(f"the loss of step {bad} is not finite (learning rate {rate:.2g}); nothing was saved of it; "
+                         f"lower --lr, set --clip_grad, or pass --no-amp, and go on with --resume")
+    return values
+
+
+def update_best(state):
+    """Note the newest evaluation as the best so far if it is; without validation the last counts as the best."""
+    newest = state["history"][-1]
+    if "macro_f1" not in newest:
+        state["best_step"] = newest["step"]
+    elif state["best_macro_f1"] is None or newest["macro_f1"] > state["best_macro_f1"]:
+        state |= {"best_step": newest["step"], "best_macro_f1": newest["macro_f1"]}
+
+
+def is_exhausted(state, patience):
+    """Whether the last `patience` evaluations brought nothing better; never for 0."""
+    since_best = [metrics for metrics in state["history"] if metrics["step"] > (state["best_step"] or 0)]
+    return 0 < patience <= len(since_best)
+
+
+# --- where the data is, and where the run goes ---
+
+def choose_data(data_dir):
+    """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, which is drawn if need be.
+
+    The kind is "sample", "competition" or "own".
+    """
+    folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
+    if folder is None:
+        log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
+        return draw_sample_dataset("data/sample"), "sample"
+    train = find_part(folder, "train")
+    if train and (train.parent / "sample.json").is_file():
+        return folder, "sample"
+    if train and (train / "images" / "000001_female_Asian_45").is_dir() and (train / "images" / "006959_male_Asian_19").is_dir():
+        return folder, "competition"
+    return folder, "own"
+
+
+def record_data(data_dir):
+    """Where the training data and its eval part are, for inference without --data_dir."""
+    eval_dir = find_part(data_dir, "eval")
+    if eval_dir is None and os.environ.get("SM_CHANNEL_EVAL"):
+        eval_dir = Path(os.environ["SM_CHANNEL_EVAL"]).resolve()
+    return {"train_dir": str(find_part(data_dir, "train")), "eval_dir": eval_dir and str(eval_dir)}
+
+
+# --- what the run says ---
+
+def describe(args, train_photos, valid_photos, weight, model, device, total_steps):
+    """Say what the flags amounted to."""
+    for name, photos in [("training", train_photos), ("validation", valid_photos)]:
+        groups = photos.drop_duplicates("person").groupby(["gender", "age"]).size()
+        detail = ", ".join(f"{GENDERS[g]} {AGES[a]} {n}" for (g, a), n in groups.items())
+        log.info(f"{name}: {photos.person.nunique()} people, {len(photos)} photos ({detail})")
+    counts = np.bincount(train_photos.label, minlength=NUM_CLASSES)
+    log.info(f"class counts: {' '.join(map(str, counts))}")
+    if weight is not None:
+        log.info(f"class weights ({args.class_weights}): {' '.join(f'{w:.2f}' for w in weight.tolist())}")
+    if (counts == 0).any():
+        log.warning(f"warning: no training photo of {', '.join(CLASS_NAMES[i] for i in np.flatnonzero(counts == 0))}")
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info(f"model: {args.model}, {parameters / 1e6:.1f} M parameters, {args.head} head, weights {args.weights}, "
+             f"input {args.resize[0]} x {args.resize[1]} (height x width), crop {args.crop[0]:g} x {args.crop[1]:g}")
+    log.info(f"loss: {args.criterion}, class weights {args.class_weights}, sampler {args.sampler}, "
+             f"augmentation {args.augmentation}")
+    log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos ({args.epochs} epochs), "
+             f"{args.optimizer}, peak learning rate {args.lr:g}, evaluation every {args.eval_steps}")
+    log.info(f"device: {device}, results in {args.output_dir}")
+
+
+def create_board(output_dir, step):
+    # Slow to import; an error in the flags or the data should not wait for it.
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
+
+
+def report_step(bar, board, step, total_steps, loss, rate, speed):
+    board.add_scalar("train/loss", loss, step)
+    board.add_scalar("train/learning_rate", rate, step)
+    board.add_scalar("train/images_per_second", speed, step)
+    if bar.disable:
+        log.info(f"step {step}/{total_steps}  loss {loss:.4f}  lr {rate:.3g}  {speed:.1f} images/s")
+    else:
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.3g}, {speed:.1f} images/s")
+
+
+def report_metrics(bar, board, history, folder):
+    """The newest evaluation as a line, in TensorBoard, and in log.jsonl beside the earlier ones."""
+    # Written anew: after a resume there is no line of steps that were lost.
+    (folder.parent / "log.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in history))
+    metrics = history[-1]
+    board.add_scalar("train/mean_loss", metrics["train_loss"], metrics["step"])
+    line = f"step {metrics['step']}  train loss {metrics['train_loss']:.4f}"
+    if "macro_f1" in metrics:
+        names = ["valid_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1"]
+        line += "  " + "  ".join(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in names)
+        for name in names:
+            board.add_scalar(f"valid/{name}", metrics[name], metrics["step"])
+        for name, value in zip(CLASS_NAMES, metrics["class_f1"], strict=True):
+            board.add_scalar(f"class_f1/{name}", value, metrics["step"])
+    bar.clear()
+    log.info(f"{line}  -> {folder}")
+
+
+def finish(state, output_dir, valid_photos, board, argv):
+    """The best score with its interval, the figures of the best checkpoint, and the next command."""
+    best = output_dir / f"checkpoint-{state['best_step']}"
+    if len(valid_photos):
+        predictions = pd.read_csv(best / "valid_predictions.csv")
+        labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
+        low, high = bootstrap_interval(labels, answers, predictions.person)
+        log.info(f"best macro F1 {state['best_macro_f1']:.4f} at step {state['best_step']}, the best of {len(state['history'])} "
+                 f"evaluations on {len(labels)} photos of {predictions.person.nunique()} people "
+                 f"(95 % interval over people {low:.4f} .. {high:.4f}; choosing the best makes it a little too high)")
+        matrix = confusion_matrix(labels, answers, output_dir / "confusion_matrix.png")
+        board.add_image("valid/confusion_matrix", matrix, state["best_step"], dataformats="HWC")
+        sheet = mistakes_sheet(predictions, valid_photos.path, output_dir / "worst_mistakes.png")
+        if sheet is not None:
+            board.add_image("valid/worst_mistakes", sheet, state["best_step"], dataformats="HWC")
+    else:
+        log.info(f"trained on everyone, without validation, for {state['step']} steps")
+    board.close()
+    log.info(f"next: python inference.py --model_dir={'./' if not output_dir.is_absolute() else ''}{best}")
+
+
+def parse_args(argv=None, defaults=None):
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    # data
+    parser.add_argument("--data_dir", help="dataset, its train folder or train/images (else SM_CHANNEL_TRAIN, ./data, the sample)")
+    parser.add_argument("--val_ratio", type=float, default=0.2, help="share of the people held out; 0 trains on everyone")
+    parser.add_argument("--n_folds", type=int, default=0, help="hold out one of this many folds of people instead of --val_ratio")
+    parser.add_argument("--fold", type=int, default=0, help="the fold to hold out, from 0")
+    parser.add_argument("--fix_labels", action=BooleanOptionalAction, default=True, help="mend the original dataset's wrong labels")
+    parser.add_argument("--resize", nargs=2, type=int, default=[384, 288], metavar=("H", "W"), help="input size in pixels")
+    parser.add_argument("--crop", nargs=2, type=float, default=[1.0, 1.0], metavar=("H", "W"), help="centre crop, as fractions")
+    parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="base", help="random changes in training")
+    parser.add_argument("--sampler", choices=SAMPLERS, default="sqrt", help="draw rare gender x age groups more often")
+    # model
+    parser.add_argument("--model", default="efficientnet_b4", help="a name in model.py's MODELS, or any timm name")
+    parser.add_argument("--head", choices=HEADS, default="factored", help="18 logits, or mask + gender + age logits summed into 18")
+    parser.add_argument("--weights", default="imagenet", help="imagenet, none, or a .safetensors/.pth file to start from")
+    parser.add_argument("--dropout", type=float, default=0.2, help="dropout rate before the head")
+    # loss
+    parser.add_argument("--criterion", choices=LOSSES, default="label_smoothing", help="loss")
+    parser.add_argument("--label_smoothing", type=float, default=0.05, help="of the criterion label_smoothing")
+    parser.add_argument("--gamma", type=float, default=2.0, help="of the focal criteria")
+    parser.add_argument("--class_weights", choices=CLASS_WEIGHTS, default="none", help="from the training photos' counts")
+    # optimization
+    parser.add_argument("--epochs", type=int, default=5, help="passes over the training photos")
+    parser.add_argument("--batch_size", type=int, default=32, help="training photos to a batch")
+    parser.add_argument("--accumulation_steps", type=int, default=1, help="batches to an optimizer step")
+    parser.add_argument("--optimizer", default="adamw", help="adamw, sgd, or another of timm's")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--weight_decay", type=float, default=0.05, help="not on norms and biases")
+    parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
+    parser.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
+    parser.add_argument("--ema_decay", type=float, default=0.999, help="average of the weights, evaluated and saved; 0: none")
+    parser.add_argument("--patience", type=int, default=0, help="stop after this many evaluations without a better one; 0: never")
+    # run
+    parser.add_argument("--eval_steps", type=int, default=500, help="optimizer steps between evaluations, each with a checkpoint")
+    parser.add_argument("--log_interval", type=int, default=20, help="optimizer steps between lines of the loss")
+    parser.add_argument("--output_dir", "--model_dir", default="./results", help="results folder")
+    parser.add_argument("--keep_last", type=int, default=5, help="checkpoints that stay beside the best")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir first")
+    parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time in evaluation")
+    parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
+    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    parser.add_argument("--seed", type=int, default=1, help="of everything random")
+    parser.set_defaults(**defaults or {})
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def _flag(value):
+    return " ".join(map(str, value)) if isinstance(value, list) else value
+
+
+def check_args(args):
+    """InputError for a value out of range, or flags that contradict each other."""
+    for names, low, high in [
+        ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
+        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
+        ("lr", 1e-12, None), ("weight_decay gamma clip_grad patience seed", 0, None), ("num_workers", -1, None),
+    ]:
+        for name in names.split():
+            value = getattr(args, name)
+            for number in value if isinstance(value, list) else [value]:
+                if not low <= number < (high or math.inf):
+                    below = f" and below {high}" if high else ""
+                    raise InputError(f"--{name} {number}: out of range; expected at least {low}{below}")
+    if args.n_folds == 1 or args.n_folds < 0 or not 0 <= args.fold < max(args.n_folds, 1):
+        raise InputError(f"--n_folds {args.n_folds} --fold {args.fold}: expected 2 folds or more, and a fold from 0 to n_folds - 1")
+    if args.resume and args.overwrite:
+        raise InputError("--resume and --overwrite contradict each other; pass one of them")
+    if args.patience and not args.val_ratio and not args.n_folds:
+        raise InputError("--patience needs validation, which --val_ratio 0 turns off; pass one of them")
+
+
+if __name__ == "__main__":
+    run(main)
