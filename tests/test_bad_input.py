@@ -1,0 +1,365 @@
+"""What bad input gets: one line with the name, what was found, what was expected and the remedy; status 2; nothing lost."""
+import json
+import os
+import pickle
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from conftest import FAST, make_people, write_train
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from errors import InputError, explain
+
+
+def one_line(result, *parts):
+    """The command's only line of error, holding all parts; its status is 2."""
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    for part in parts:
+        assert str(part) in lines[0], f"{part!r} is not in {lines[0]!r}"
+    return lines[0]
+
+
+def edit_csv(csv, **cells):
+    """Change cells of the first row."""
+    table = pd.read_csv(csv, dtype=str)
+    for column, value in cells.items():
+        table.loc[0, column] = value
+    table.to_csv(csv, index=False)
+
+
+# --- data ---
+
+def spoil_nothing_there(root):
+    return root / "nowhere", ["no such folder", "train/train.csv"]
+
+
+def spoil_empty(root):
+    shutil.rmtree(root)
+    root.mkdir()
+    return root, ["no train/train.csv"]
+
+
+def spoil_no_csv(root):
+    (root / "train" / "train.csv").unlink()
+    return root, ["no train/train.csv"]
+
+
+def spoil_column(root):
+    pd.read_csv(root / "train" / "train.csv").drop(columns="gender").to_csv(root / "train" / "train.csv", index=False)
+    return root, ["train.csv", "no column 'gender'", "expected id,gender,age,path"]
+
+
+def spoil_text(root):
+    (root / "train" / "train.csv").write_bytes(bytes(range(128, 256)) * 20)
+    return root, ["train.csv", "not a CSV text file"]
+
+
+def spoil_missing_folder(root):
+    shutil.rmtree(root / "train" / "images" / make_people(24)[3])
+    return root, ["disagrees", make_people(24)[3], "in train.csv but not in"]
+
+
+def spoil_extra_folder(root):
+    (root / "train" / "images" / "000999_male_Asian_20").mkdir()
+    return root, ["disagrees", "000999_male_Asian_20", "not in train.csv"]
+
+
+def spoil_gender(root):
+    edit_csv(root / "train" / "train.csv", gender="man")
+    return root, ["train.csv", "gender 'man'", make_people(24)[0], "male or female"]
+
+
+def spoil_age(root):
+    edit_csv(root / "train" / "train.csv", age="old")
+    return root, ["train.csv", "age 'old'", "whole years from 0 to 120"]
+
+
+def spoil_repeated_person(root):
+    edit_csv(root / "train" / "train.csv", path=make_people(24)[1])
+    return root, ["train.csv", "is repeated"]
+
+
+def spoil_few_people(root):
+    shutil.rmtree(root)
+    write_train(root, make_people(2))
+    return root, ["2 people are too few for --val_ratio 0.2"]
+
+
+def spoil_no_photos(root):
+    for folder in (root / "train" / "images").iterdir():
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return root, ["no photos in its 24 folders"]
+
+
+@pytest.mark.parametrize("spoil", [value for name, value in list(globals().items()) if name.startswith("spoil_")])
+def test_dataset(copy, command, spoil, tmp_path):
+    data_dir, parts = spoil(copy)
+    one_line(command("train", "--data_dir", data_dir, *FAST), *parts)
+    assert not (tmp_path / "results").exists()
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:400])
+
+
+def zero_bytes(path):
+    path.write_bytes(b"")
+
+
+def no_image(path):
+    path.write_text("<html>not found</html>")
+
+
+def too_small(path):
+    Image.new("RGB", (8, 8)).save(path)
+
+
+def too_large(path):
+    Image.new("1", (9000, 9000)).save(path, "PNG")
+
+
+@pytest.mark.parametrize(("damage", "says"), [(truncated, "cannot be decoded"), (zero_bytes, "cannot be decoded"),
+                                              (no_image, "cannot be decoded"), (too_small, "8 x 8 pixels"),
+                                              (too_large, "9000 x 9000 pixels")])
+def test_photo_in_training_and_in_inference(copy, command, damage, says, trained, tmp_path):
+    photo = copy / "train" / "images" / make_people(24)[5] / "mask3.jpg"
+    damage(photo)
+    # one worker: the error crosses a process on its way to the one line
+    one_line(command("train", "--data_dir", copy, *FAST, "--num_workers", "1", "--sampler", "none"), photo, says)
+    one_line(command("inference", "--model_dir", trained, "--data_dir", photo), photo, says)
+    assert not (tmp_path / "predictions.csv").exists()
+
+
+@pytest.mark.parametrize("image_id", ["/etc/hostname", "../info.csv", "a/../../x.jpg", "..\\x.jpg"])
+def test_image_id_that_leaves_its_folder(copy, command, trained, image_id):
+    edit_csv(copy / "eval" / "info.csv", ImageID=image_id)
+    one_line(command("inference", "--model_dir", trained, "--data_dir", copy), "info.csv", "is not a file name inside")
+
+
+def test_image_id_repeated_or_missing(copy, command, trained, tmp_path):
+    (tmp_path / "submission.csv").write_text("an earlier one")
+    ids = pd.read_csv(copy / "eval" / "info.csv").ImageID
+    (copy / "eval" / "images" / ids[4]).unlink()
+    one_line(command("inference", "--model_dir", trained, "--data_dir", copy), ids[4], "1 of 20 are missing")
+    edit_csv(copy / "eval" / "info.csv", ImageID=ids[1])
+    one_line(command("inference", "--model_dir", trained, "--data_dir", copy), ids[1], "is repeated")
+    assert (tmp_path / "submission.csv").read_text() == "an earlier one"
+
+
+def test_inference_on_what_is_not_there(command, trained, tmp_path):
+    one_line(command("inference", "--model_dir", trained, "--data_dir", "nowhere"), "--data_dir nowhere", "no such file")
+    (tmp_path / "empty").mkdir()
+    one_line(command("inference", "--model_dir", trained, "--data_dir", "empty"), "no images in it")
+    one_line(command("inference", "--model_dir", trained, "--output", "no/such/folder.csv"), "its folder does not exist")
+    one_line(command("inference", "--model_dir", trained, "--output", tmp_path), "is a folder")
+
+
+def test_named_data_that_is_not_there_never_becomes_the_sample(command, tmp_path):
+    one_line(command("train", "--data_dir", "nowhere"), "--data_dir nowhere")
+    one_line(command("train", SM_CHANNEL_TRAIN=tmp_path / "gone"), "gone")
+    assert not (tmp_path / "data").exists()
+
+
+# --- checkpoints ---
+
+def test_missing_checkpoint_is_answered_with_those_that_exist(command, trained):
+    one_line(command("inference", f"--model_dir={trained}/checkpoint-7"), "checkpoint-7", "checkpoint-5", "checkpoint-9")
+    one_line(command("inference", "--model_dir=./nothing"), "nothing", "python train.py")
+
+
+def half_written(folder):
+    (folder / "model.safetensors").unlink()
+    return "half-written"
+
+
+def truncated_weights(folder):
+    truncated(folder / "model.safetensors")
+    return "damaged"
+
+
+def pickle_for_tensors(folder):
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    return "not a safetensors file"
+
+
+def other_format(folder):
+    (folder / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
+    return "expected a checkpoint written by train.py"
+
+
+def no_json(folder):
+    (folder / "config.json").write_text("{")
+    return "not JSON"
+
+
+def other_classes(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_classes": 1000}))
+    return "1000 classes; expected 18"
+
+
+def other_model(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_classification"]["model"] = "resnet34"
+    (folder / "config.json").write_text(json.dumps(config))
+    return "does not fit resnet34"
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("open('exploded', 'w').close()",)
+
+
+@pytest.mark.parametrize("spoil", [half_written, truncated_weights, pickle_for_tensors, other_format, no_json, other_classes,
+                                   other_model])
+def test_checkpoint(command, trained, tmp_path, spoil):
+    folder = shutil.copytree(trained / "checkpoint-5", tmp_path / "checkpoint-5")
+    says = spoil(folder)
+    one_line(command("inference", "--model_dir", folder), "checkpoint-5", says)
+    assert not (tmp_path / "exploded").exists() and not (tmp_path / "submission.csv").exists()
+
+
+def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
+    shutil.copytree(trained, tmp_path / "results")
+    torch.save({"model": Bomb()}, tmp_path / "results" / "checkpoint-9" / "training_state.pt")
+    flags = ["--data_dir", dataset, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
+    one_line(command("train", *flags), "training_state.pt", "something else than tensors")
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- flags ---
+
+@pytest.mark.parametrize(("flags", "parts"), [
+    (["--val_ratio", "1.5"], ["--val_ratio 1.5", "below 1"]),
+    (["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
+    (["--resize", "3", "3"], ["--resize 3", "at least 16"]),
+    (["--resize", "256"], ["--resize", "expected 2 arguments"]),
+    (["--n_folds", "5", "--fold", "5"], ["--n_folds 5 --fold 5"]),
+    (["--resume", "--overwrite"], ["contradict"]),
+    (["--val_ratio", "0", "--patience", "2"], ["--patience", "--val_ratio 0"]),
+    (["--epoch", "3"], ["unrecognized arguments: --epoch"]),
+    (["--criterion", "crossentropy"], ["--criterion", "cross_entropy"]),
+    (["--model", "resnet19"], ["--model resnet19", "efficientnet_b4", "resnet18"]),
+    (["--optimizer", "adamww"], ["--optimizer adamww", "adamw"]),
+    (["--device", "cuda:9"], ["--device cuda:9"]),
+    (["--device", "gpu"], ["--device gpu", "auto"]),
+    (["--weights", "nothing.pth"], ["nothing.pth", "no such weights file"]),
+    (["--lr", "fast"], ["--lr", "fast"]),
+    (["--output_dir", "taken"], ["--output_dir taken", "is a file"]),
+    (["--criterion", "f1", "--class_weights", "sqrt"], ["--criterion f1", "--class_weights none"]),
+])
+def test_flags(command, dataset, tmp_path, flags, parts):
+    (tmp_path / "taken").write_text("")
+    one_line(command("train", "--data_dir", dataset, *FAST, *flags), *parts)
+    assert not (tmp_path / "results").exists()
+
+
+def test_flags_of_inference(command, trained):
+    one_line(command("inference", "--model_dir", trained, "--model_weights", "1", "2"), "--model_weights")
+    one_line(command("inference"), "--model_dir")
+
+
+def test_imagenet_weights_that_cannot_be_had(command, dataset):
+    # a proxy that refuses every connection: no network, whatever the machine; a model that no cache holds
+    result = command("train", "--data_dir", dataset, *FAST, "--weights", "imagenet", "--model", "resnet10t",
+                     HTTPS_PROXY="http://127.0.0.1:9", https_proxy="http://127.0.0.1:9")
+    one_line(result, "--weights imagenet", "resnet10t", "--weights none", "--weights FILE")
+
+
+def test_results_folder_with_a_run_is_kept_and_a_ready_command_offered(command, trained, dataset, tmp_path):
+    shutil.copytree(trained, tmp_path / "results")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    line = one_line(command("train", "--data_dir", dataset, *FAST), "--resume", "--overwrite", "--output_dir results-2")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").rglob("*")}
+    offered = line.partition("or run: python train.py ")[2].split()
+    result = command("train", *offered, "--epochs", "1")
+    assert result.returncode == 0 and (tmp_path / "results-2" / "checkpoint-9").is_dir(), result.stderr
+
+
+def test_resume_with_a_flag_that_changes_the_past(command, trained, dataset, tmp_path):
+    shutil.copytree(trained, tmp_path / "results")
+    flags = ["--data_dir", dataset, *FAST, "--epochs", "1", "--eval_steps", "5", "--lr", "1e-3", "--resume"]
+    one_line(command("train", *flags), "--lr was 0.003 and is now 0.001", "--output_dir")
+
+
+# --- scores ---
+
+@pytest.mark.parametrize(("submission", "parts"), [
+    ("ImageID,ans\na,0\na,1\n", ["s.csv", "'a' is repeated"]),
+    ("ImageID,ans\na,18\n", ["s.csv", "ans '18' of a", "0..17"]),
+    ("ImageID,ans\na,1.0\n", ["ans '1.0' of a"]),
+    ("ImageID,ans\nc,1\n", ["s.csv", "1 ImageIDs are not in", "such as c"]),
+    ("id,ans\na,1\n", ["no column 'ImageID'"]),
+    ("", ["s.csv", "not a CSV"]),
+])
+def test_scoring(command, tmp_path, submission, parts):
+    (tmp_path / "s.csv").write_text(submission)
+    (tmp_path / "a.csv").write_text("ImageID,ans\na,0\nb,1\n")
+    one_line(command("f1", "s.csv", "a.csv"), *parts)
+
+
+def test_scoring_names_ids_that_the_submission_lacks(command, tmp_path):
+    (tmp_path / "s.csv").write_text("ImageID,ans\na,0\n")
+    (tmp_path / "a.csv").write_text("ImageID,ans\na,0\nb,1\n")
+    one_line(command("f1", "s.csv", "a.csv"), "a.csv: 1 ImageIDs are not in s.csv, such as b")
+
+
+# --- the machine ---
+
+def test_loss_that_is_not_finite(command, dataset, tmp_path):
+    result = command("train", "--data_dir", dataset, *FAST, "--lr", "1e30", "--clip_grad", "0", "--warmup", "0",
+                     "--optimizer", "sgd", "--epochs", "1", "--log_interval", "3")
+    one_line(result, "loss of step", "learning rate", "--lr")
+    assert not list((tmp_path / "results").glob("checkpoint-*"))
+
+
+def test_results_folder_that_cannot_be_made(command, dataset, tmp_path):
+    # a file where a folder is needed is refused even to root
+    (tmp_path / "file").write_text("kept")
+    one_line(command("train", "--data_dir", dataset, *FAST, "--output_dir", "file/results"), "--output_dir", "is a file")
+    assert (tmp_path / "file").read_text() == "kept"
+    assert "another --output_dir" in explain(PermissionError(13, "Permission denied", "results"))
+
+
+def test_full_disk_ends_in_one_line_and_keeps_the_earlier_checkpoints(command, dataset, tmp_path):
+    """The system's limit on a file's size stands in for a full disk: the same failed write, without a disk to fill."""
+    flags = ["--data_dir", dataset, *FAST, "--model", "test_vit4", "--resize", "32", "32", "--eval_steps", "9"]
+    assert command("train", *flags, "--epochs", "1").returncode == 0
+    before = sorted(os.listdir(tmp_path / "results"))
+    for limit in (3_000_000, 8_000_000):  # model.safetensors, 3.7 MB, fails; training_state.pt, 15 MB, fails
+        one_line(command("train", *flags, "--epochs", "2", "--resume", FILE_SIZE_LIMIT=limit), "disk full")
+        assert sorted(os.listdir(tmp_path / "results")) == before
+    result = command("train", *flags, "--epochs", "2", "--resume")
+    assert result.returncode == 0 and (tmp_path / "results" / "checkpoint-18").is_dir(), result.stderr
+
+
+def test_gpu_memory_names_the_flags():
+    assert "--batch_size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+
+
+def test_shared_memory_names_the_flag():
+    text = "DataLoader worker (pid 7) is killed by signal: Bus error. The workers may be out of shared memory."
+    assert "--num_workers 0" in explain(RuntimeError(text))
+
+
+class Failing:
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        raise self.error
+
+
+def test_error_of_a_worker_keeps_its_one_line_and_a_bug_its_traceback():
+    with pytest.raises(InputError) as caught:
+        next(iter(DataLoader(Failing(InputError("x.jpg: cannot be decoded")), num_workers=1)))
+    assert explain(caught.value) == "x.jpg: cannot be decoded"
+    assert explain(KeyError("a bug")) is None and explain(RuntimeError("shape mismatch")) is None
