@@ -7,6 +7,7 @@
 Model, input size, crop, normalization and classes come from the checkpoint.
 """
 import os
+import shlex
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def main(argv=None):
     print(f"wrote {output}: {len(table)} rows")
     answers = Path(data_dir) / "answers.csv"
     if is_eval and answers.is_file():
-        print(f"score it: python f1.py {output} {os.path.relpath(answers)}")
+        print(f"score it: python f1.py {shlex.quote(str(output))} {shlex.quote(os.path.relpath(answers))}")
 
 
 @torch.inference_mode()

@@ -5,7 +5,6 @@
     python train.py --data_dir DIR --n_folds 5 --fold 0 --output_dir results/fold-0
     python train.py ... --resume                       # go on from the last checkpoint
 """
-import json
 import logging
 import math
 import os
@@ -24,10 +23,7 @@ from tqdm import tqdm
 
 from checkpoint import check_output_dir, delete_run, model_config, prune_checkpoints, resume, save_checkpoint
 from dataset import (
-    AGES,
     AUGMENTATIONS,
-    CLASS_NAMES,
-    GENDERS,
     NUM_CLASSES,
     SAMPLERS,
     EpochSampler,
@@ -40,11 +36,12 @@ from dataset import (
     split_people,
 )
 from errors import ArgumentParser, InputError, run
-from f1 import attribute_f1, bootstrap_interval, class_f1, macro_f1
+from f1 import attribute_f1, class_f1, macro_f1
 from inference import autocast, choose_device, choose_workers, infer
 from loss import CLASS_WEIGHTS, LOSSES, class_weights, create_loss
 from model import HEADS, create_model, input_statistics
-from plots import confusion_matrix, inputs_sheet, mistakes_sheet
+from plots import inputs_sheet
+from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
 from sample_data import draw_sample_dataset
 
 log = logging.getLogger("mask")
@@ -119,7 +116,8 @@ def main(argv=None):
             log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
             return
 
-    describe(args, train_photos, valid_photos, weight, model, device, total_steps)
+    describe_data(train_photos, valid_photos, weight)
+    describe_run(args, model, device, total_steps)
     board = create_board(output_dir, state["step"])
     board.add_image("inputs/augmented", inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png"), 0, dataformats="HWC")
 
@@ -181,7 +179,7 @@ def main(argv=None):
             tqdm.write(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
     bar.close()
-    finish(state, output_dir, valid_photos, board, argv)
+    finish(state, output_dir, valid_photos, board)
 
 
 def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step):
@@ -303,85 +301,6 @@ def record_data(data_dir):
     if eval_dir is None and os.environ.get("SM_CHANNEL_EVAL"):
         eval_dir = Path(os.environ["SM_CHANNEL_EVAL"]).resolve()
     return {"train_dir": str(find_part(data_dir, "train")), "eval_dir": eval_dir and str(eval_dir)}
-
-
-# --- what the run says ---
-
-def describe(args, train_photos, valid_photos, weight, model, device, total_steps):
-    """Say what the flags amounted to."""
-    for name, photos in [("training", train_photos), ("validation", valid_photos)]:
-        groups = photos.drop_duplicates("person").groupby(["gender", "age"]).size()
-        detail = ", ".join(f"{GENDERS[g]} {AGES[a]} {n}" for (g, a), n in groups.items())
-        log.info(f"{name}: {photos.person.nunique()} people, {len(photos)} photos ({detail})")
-    counts = np.bincount(train_photos.label, minlength=NUM_CLASSES)
-    log.info(f"class counts: {' '.join(map(str, counts))}")
-    if weight is not None:
-        log.info(f"class weights ({args.class_weights}): {' '.join(f'{w:.2f}' for w in weight.tolist())}")
-    if (counts == 0).any():
-        log.warning(f"warning: no training photo of {', '.join(CLASS_NAMES[i] for i in np.flatnonzero(counts == 0))}")
-    parameters = sum(p.numel() for p in model.parameters())
-    log.info(f"model: {args.model}, {parameters / 1e6:.1f} M parameters, {args.head} head, weights {args.weights}, "
-             f"input {args.resize[0]} x {args.resize[1]} (height x width), crop {args.crop[0]:g} x {args.crop[1]:g}")
-    log.info(f"loss: {args.criterion}, class weights {args.class_weights}, sampler {args.sampler}, "
-             f"augmentation {args.augmentation}")
-    log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos ({args.epochs} epochs), "
-             f"{args.optimizer}, peak learning rate {args.lr:g}, evaluation every {args.eval_steps}")
-    log.info(f"device: {device}, results in {args.output_dir}")
-
-
-def create_board(output_dir, step):
-    # Slow to import; an error in the flags or the data should not wait for it.
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=step + 1 if step else None)
-
-
-def report_step(bar, board, step, total_steps, loss, rate, speed):
-    board.add_scalar("train/loss", loss, step)
-    board.add_scalar("train/learning_rate", rate, step)
-    board.add_scalar("train/images_per_second", speed, step)
-    if bar.disable:
-        log.info(f"step {step}/{total_steps}  loss {loss:.4f}  lr {rate:.3g}  {speed:.1f} images/s")
-    else:
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.3g}, {speed:.1f} images/s")
-
-
-def report_metrics(bar, board, history, folder):
-    """The newest evaluation as a line, in TensorBoard, and in log.jsonl beside the earlier ones."""
-    # Written anew: after a resume there is no line of steps that were lost.
-    (folder.parent / "log.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in history))
-    metrics = history[-1]
-    board.add_scalar("train/mean_loss", metrics["train_loss"], metrics["step"])
-    line = f"step {metrics['step']}  train loss {metrics['train_loss']:.4f}"
-    if "macro_f1" in metrics:
-        names = ["valid_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1"]
-        line += "  " + "  ".join(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in names)
-        for name in names:
-            board.add_scalar(f"valid/{name}", metrics[name], metrics["step"])
-        for name, value in zip(CLASS_NAMES, metrics["class_f1"], strict=True):
-            board.add_scalar(f"class_f1/{name}", value, metrics["step"])
-    bar.clear()
-    log.info(f"{line}  -> {folder}")
-
-
-def finish(state, output_dir, valid_photos, board, argv):
-    """The best score with its interval, the figures of the best checkpoint, and the next command."""
-    best = output_dir / f"checkpoint-{state['best_step']}"
-    if len(valid_photos):
-        predictions = pd.read_csv(best / "valid_predictions.csv")
-        labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
-        low, high = bootstrap_interval(labels, answers, predictions.person)
-        log.info(f"best macro F1 {state['best_macro_f1']:.4f} at step {state['best_step']}, the best of {len(state['history'])} "
-                 f"evaluations on {len(labels)} photos of {predictions.person.nunique()} people "
-                 f"(95 % interval over people {low:.4f} .. {high:.4f}; choosing the best makes it a little too high)")
-        matrix = confusion_matrix(labels, answers, output_dir / "confusion_matrix.png")
-        board.add_image("valid/confusion_matrix", matrix, state["best_step"], dataformats="HWC")
-        sheet = mistakes_sheet(predictions, valid_photos.path, output_dir / "worst_mistakes.png")
-        if sheet is not None:
-            board.add_image("valid/worst_mistakes", sheet, state["best_step"], dataformats="HWC")
-    else:
-        log.info(f"trained on everyone, without validation, for {state['step']} steps")
-    board.close()
-    log.info(f"next: python inference.py --model_dir={'./' if not output_dir.is_absolute() else ''}{best}")
 
 
 def parse_args(argv=None, defaults=None):

@@ -43,10 +43,14 @@ def test_inference_repeats_validation_exactly(command, trained, dataset, tmp_pat
     assert np.abs(again.to_numpy() - valid.filter(regex=r"^p\d+$").to_numpy()).max() < 2e-6
 
 
-def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, trained, dataset, tmp_path):
-    predict(command, "--model_dir", trained / "checkpoint-9", "--save_probs", "p.csv", "--tta", "hflip")
-    model = timm.create_model(f"local-dir:{trained}/checkpoint-9", pretrained=True).eval()
-    cfg = json.loads((trained / "checkpoint-9" / "config.json").read_text())["pretrained_cfg"]
+@pytest.mark.parametrize("head", ["factored", "flat"])
+def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, dataset, tmp_path, head):
+    flags = [*FAST, "--head", head, "--epochs", "1", "--lr", "3e-3"]
+    assert command("train", "--data_dir", dataset, *flags).returncode == 0
+    folder = tmp_path / "results" / "checkpoint-9"
+    predict(command, "--model_dir", folder, "--save_probs", "p.csv", "--tta", "hflip")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     photo = read_eval(dataset).iloc[7]
     pixels = torch.from_numpy(Geometry(cfg["input_size"][1:])(read_image(photo.path))).permute(2, 0, 1)[None] / 255
     pixels = (pixels - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
