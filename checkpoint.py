@@ -20,6 +20,11 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+try:
+    import fcntl
+except ImportError:  # Windows, where a folder is not locked
+    fcntl = None
+
 from dataset import CLASS_NAMES, NUM_CLASSES
 from errors import InputError
 from model import create_model, inference_state, input_statistics, model_args
@@ -65,6 +70,24 @@ def check_output_dir(output_dir, resumes, overwrites, argv):
                          f"delete it, or run: {command}")
 
 
+def lock_output_dir(output_dir):
+    """Make the results folder this process's own until it ends, however it ends; the open file must be kept.
+
+    Raises:
+        InputError: if another run is in it.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    handle = open(output_dir / ".lock", "w")  # noqa: SIM115
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        handle.close()
+        raise InputError(f"--output_dir {output_dir}: another run is writing in it; wait for it, or pass another "
+                         f"--output_dir") from None
+    return handle
+
+
 def delete_run(output_dir):
     """Remove what a run wrote into its results folder, and nothing else."""
     for folder in [*list_checkpoints(output_dir), output_dir / "tensorboard"]:
@@ -86,8 +109,11 @@ def resume(output_dir, state):
     before = read_trainer_state(checkpoints[-1])
     for key, value in state["args"].items():
         if key != "epochs" and before["args"].get(key) != value:
-            raise InputError(f"--resume: --{key} was {before['args'].get(key)} and is now {value}, which would change what was "
-                             f"already computed; pass --{key} {before['args'].get(key)}, or another --output_dir")
+            raise InputError(f"--resume: this run had {_as_flag(key, before['args'].get(key))}, and {_as_flag(key, value)} would "
+                             f"change what was already computed; pass the former, or another --output_dir")
+    if before.get("data") != state["data"]:
+        raise InputError("--resume: the dataset's people, photos or labels have changed since, and the split with them; pass the "
+                         "--data_dir this run began with, or another --output_dir")
     epochs = before["args"].get("epochs")
     if epochs != state["args"]["epochs"]:
         log.info(f"--epochs was {epochs} and is now {state['args']['epochs']}: the schedule changes from here")
@@ -95,6 +121,14 @@ def resume(output_dir, state):
     state |= {key: before[key] for key in ("step", "epoch", "best_step", "best_macro_f1", "history")}
     log.info(f"resuming from {checkpoints[-1]}")
     return training_state
+
+
+def _as_flag(key, value):
+    if isinstance(value, bool):
+        return f"--{key}" if value else f"--no-{key}"
+    if value is None:
+        return f"no --{key}"
+    return f"--{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def save_checkpoint(output_dir, model, config, trainer_state, predictions, training_state):

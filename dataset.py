@@ -68,7 +68,7 @@ def find_part(data_dir, part):
         Path of the folder that holds train.csv (or info.csv), or None if there is none around `data_dir`.
     """
     table = {"train": "train.csv", "eval": "info.csv"}[part]
-    data_dir = Path(data_dir)
+    data_dir = Path(os.path.abspath(data_dir))  # "." has a name, too
     candidates = [data_dir / part, data_dir]
     if data_dir.name == "images":
         candidates += [data_dir.parent, data_dir.parent.parent / part]
@@ -132,12 +132,16 @@ def read_eval(data_dir):
 
 
 def list_images(paths):
-    """Photos of any folder (read recursively, hidden files left out) or list of files: ImageID and path, sorted."""
+    """Photos of any folder (read recursively, hidden files left out) or list of files: ImageID and path, sorted.
+
+    The ImageID is the path inside the folder, or the whole path where several folders or files are given.
+    """
+    paths = list(paths)
     files = {}
     for path in map(Path, paths):
         if path.is_dir():
             inside = (Path(root, name) for root, folders, names in os.walk(path) for name in names)
-            files |= {str(f.relative_to(path)): str(f) for f in inside
+            files |= {str(f if len(paths) > 1 else f.relative_to(path)): str(f) for f in inside
                       if f.suffix.lower() in IMAGE_SUFFIXES and not _is_hidden(f.relative_to(path))}
         elif path.is_file():
             files[str(path)] = str(path)
@@ -145,15 +149,17 @@ def list_images(paths):
             raise InputError(f"--data_dir {path}: no such file or folder")
     if not files:
         raise InputError(f"--data_dir {paths[0]}: no images in it; expected {', '.join(IMAGE_SUFFIXES)}")
-    return pd.DataFrame(sorted(files.items()), columns=["ImageID", "path"])
+    # A file name need not be text; an ImageID must be.
+    rows = [(os.fsencode(name).decode("utf-8", "backslashreplace"), path) for name, path in sorted(files.items())]
+    return pd.DataFrame(rows, columns=["ImageID", "path"])
 
 
 def read_table(path, columns):
     """A CSV as a DataFrame of strings, checked for the columns it must have."""
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a CSV file") from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         raise InputError(f"{path}: not a CSV text file ({str(error).splitlines()[0]}); expected columns "
                          f"{','.join(columns)}") from None

@@ -48,7 +48,7 @@ def explain(error):
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"disk full{_file(error)}: nothing half-written was kept; free some space and run the command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"no permission{_file(error)}: choose a folder that can be written, such as another --output_dir"
+        return f"no permission{_file(error)}: change its permissions, or choose another place"
     # torch's own class for this, found by name so that commands without torch need not import it
     if type(error).__name__ == "OutOfMemoryError":
         return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"

@@ -181,6 +181,8 @@ def check_output(*paths):
             raise InputError(f"{path}: is a folder; expected the name of a csv file to write")
         if not Path(path).resolve().parent.is_dir():
             raise InputError(f"{path}: its folder does not exist; create it first")
+        if not os.access(Path(path).resolve().parent, os.W_OK):
+            raise InputError(f"{path}: no permission to write in its folder; choose another")
 
 
 def write_csv(table, path):
@@ -209,6 +211,8 @@ def parse_args(argv=None):
     parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     args = parser.parse_args(argv)
+    if "" in (args.data_dir or []):
+        raise InputError("--data_dir: is empty; expected a dataset, photo folder or files")
     if args.valid_batch_size < 1:
         raise InputError(f"--valid_batch_size {args.valid_batch_size}: expected at least 1")
     return args

@@ -83,6 +83,10 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
     kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout} | model_args(name, size)
     try:
         model = build(pretrained=weights == "imagenet", **kwargs)
+        if hasattr(model, "pretrained_cfg"):  # a bug in a hand-written backbone keeps its traceback
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, *size))
+            model.train()
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         # timm's and the hub's errors differ by release; what the user can do about them does not.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -232,6 +236,11 @@ def _timm_builder(name):
         near = difflib.get_close_matches(name, known + timm.list_models(), n=3, cutoff=0.5)
         raise InputError(f"--model {name}: unknown; model.py lists {', '.join(known)}; any timm name works"
                          f"{', such as ' + ', '.join(near) if near else ''}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        tags = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+        raise InputError(f"--model {name}: no such weights of it; expected {', '.join(tags[:8]) or 'no tag'}") from None
     return lambda **kwargs: timm.create_model(name, **kwargs)
 
 

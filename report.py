@@ -6,8 +6,9 @@ import shlex
 import numpy as np
 import pandas as pd
 
+from checkpoint import find_checkpoint, step_of
 from dataset import AGES, CLASS_NAMES, GENDERS, NUM_CLASSES
-from f1 import bootstrap_interval
+from f1 import bootstrap_interval, macro_f1
 from plots import confusion_matrix, mistakes_sheet
 
 log = logging.getLogger("mask")
@@ -57,8 +58,7 @@ def report_step(bar, board, step, total_steps, loss, rate, speed):
 
 def report_metrics(bar, board, history, folder):
     """The newest evaluation as a line, in TensorBoard, and in log.jsonl beside the earlier ones."""
-    # Written anew: after a resume there is no line of steps that were lost.
-    (folder.parent / "log.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in history))
+    write_log(history, folder.parent)
     metrics = history[-1]
     board.add_scalar("train/mean_loss", metrics["train_loss"], metrics["step"])
     line = f"step {metrics['step']}  train loss {metrics['train_loss']:.4f}"
@@ -73,14 +73,20 @@ def report_metrics(bar, board, history, folder):
     log.info(f"{line}  -> {folder}")
 
 
+def write_log(history, output_dir):
+    # Written anew: after a resume there is no line of steps that were lost.
+    (output_dir / "log.jsonl").write_text("".join(json.dumps(metrics) + "\n" for metrics in history))
+
+
 def finish(state, output_dir, valid_photos, board):
     """The best score with its interval, the figures of the best checkpoint, and the next command."""
-    best = output_dir / f"checkpoint-{state['best_step']}"
+    best = find_checkpoint(output_dir)
+    write_log(state["history"], output_dir)
     if len(valid_photos):
         predictions = pd.read_csv(best / "valid_predictions.csv")
         labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
         low, high = bootstrap_interval(labels, answers, predictions.person)
-        log.info(f"best macro F1 {state['best_macro_f1']:.4f} at step {state['best_step']}, the best of {len(state['history'])} "
+        log.info(f"best macro F1 {macro_f1(labels, answers):.4f} at step {step_of(best)}, the best of {len(state['history'])} "
                  f"evaluations on {len(labels)} photos of {predictions.person.nunique()} people "
                  f"(95 % interval over people {low:.4f} .. {high:.4f}; choosing the best makes it a little too high)")
         matrix = confusion_matrix(labels, answers, output_dir / "confusion_matrix.png")

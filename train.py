@@ -5,6 +5,7 @@
     python train.py --data_dir DIR --n_folds 5 --fold 0 --output_dir results/fold-0
     python train.py ... --resume                       # go on from the last checkpoint
 """
+import hashlib
 import logging
 import math
 import os
@@ -21,7 +22,15 @@ import torch
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
-from checkpoint import check_output_dir, delete_run, model_config, prune_checkpoints, resume, save_checkpoint
+from checkpoint import (
+    check_output_dir,
+    delete_run,
+    lock_output_dir,
+    model_config,
+    prune_checkpoints,
+    resume,
+    save_checkpoint,
+)
 from dataset import (
     AUGMENTATIONS,
     NUM_CLASSES,
@@ -54,6 +63,8 @@ DATASET_DEFAULTS = {
     # The competition's own photos show a head in their middle.
     "competition": {"crop": [0.625, 0.667]},
 }
+NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --no-amp, and begin again with --overwrite or another "
+              "--output_dir")
 # Flags that a resumed run may change, because no number that was already computed depends on them.
 RESUMABLE = {"epochs", "data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
              "valid_batch_size", "patience"}
@@ -100,21 +111,22 @@ def main(argv=None):
         "class_counts": np.bincount(train_photos.label, minlength=NUM_CLASSES).tolist(), **record_data(data_dir)})
 
     # where it goes, and where it goes on
-    state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [],
+    state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [], "data": fingerprint(photos),
              "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE - {"epochs"}}}
+    lock = lock_output_dir(output_dir)
     if args.overwrite:
         delete_run(output_dir)
-    if args.resume:
-        training_state = resume(output_dir, state)
-        if training_state:
+    training_state = resume(output_dir, state) if args.resume else None
+    if training_state:
+        try:
             model.load_state_dict(training_state["model"])
             optimizer.load_state_dict(training_state["optimizer"])
             scaler.load_state_dict(training_state["scaler"])
             if ema:
                 ema.module.load_state_dict(training_state["ema"])
-        if state["step"] >= total_steps:
-            log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
-            return
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: the last checkpoint in {output_dir} does not fit --model {args.model} as it is now "
+                             f"({str(error).splitlines()[0][:120]}); pass another --output_dir") from None
 
     describe_data(train_photos, valid_photos, weight)
     describe_run(args, model, device, total_steps)
@@ -144,7 +156,10 @@ def main(argv=None):
 
     bar = tqdm(total=total_steps, initial=state["step"], disable=None, unit="step", desc="train")
     losses, recent, since = [], 0, time.perf_counter()
-    for epoch in range(state["step"] // steps_per_epoch, args.epochs):
+    is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
+    if is_over:
+        log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
+    for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
         for step, loss, count in train_one_epoch(model, train_loader, args.accumulation_steps, backward, update_weights, args.seed,
                                                  state["step"]):
@@ -161,6 +176,7 @@ def main(argv=None):
             if step % args.eval_steps == 0 or step == total_steps:
                 metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(finite(losses, step, rate)))}
                 losses = []
+                check_weights(model, inference_model, step, rate)
                 predictions = None
                 if len(valid_photos):
                     predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.amp)
@@ -172,7 +188,7 @@ def main(argv=None):
                     "ema": ema.module.state_dict() if ema else None})
                 prune_checkpoints(output_dir, args.keep_last)
                 report_metrics(bar, board, state["history"], folder)
-                since = time.perf_counter()
+                recent, since = 0, time.perf_counter()
                 if is_exhausted(state, args.patience):
                     break
         if is_exhausted(state, args.patience):
@@ -180,6 +196,7 @@ def main(argv=None):
             break
     bar.close()
     finish(state, output_dir, valid_photos, board)
+    lock.close()
 
 
 def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step):
@@ -256,9 +273,16 @@ def finite(losses, step, rate):
     values = torch.stack(losses).tolist()
     if not np.isfinite(values).all():
         bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
-        raise InputError(f"the loss of step {bad} is not finite (learning rate {rate:.2g}); nothing was saved of it; "
-                         f"lower --lr, set --clip_grad, or pass --no-amp, and go on with --resume")
+        raise InputError(f"the loss of step {bad} is not finite (learning rate {rate:.2g}); {NOT_FINITE}")
     return values
+
+
+def check_weights(model, inference_model, step, rate):
+    """InputError if a weight is not finite: the step's own update, which no loss has seen yet, may have spoilt it."""
+    for weights in (model, inference_model):
+        for name, value in weights.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{name} is not finite after step {step} (learning rate {rate:.2g}); {NOT_FINITE}")
 
 
 def update_best(state):
@@ -283,6 +307,8 @@ def choose_data(data_dir):
 
     The kind is "sample", "competition" or "own".
     """
+    if data_dir == "":
+        raise InputError("--data_dir: is empty; expected a folder, or no --data_dir for ./data or the sample")
     folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
     if folder is None:
         log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
@@ -293,6 +319,11 @@ def choose_data(data_dir):
     if train and (train / "images" / "000001_female_Asian_45").is_dir() and (train / "images" / "006959_male_Asian_19").is_dir():
         return folder, "competition"
     return folder, "own"
+
+
+def fingerprint(photos):
+    """A hash of who is in the dataset, with which shots and labels; a resumed run must see the same."""
+    return hashlib.sha256(photos[["person", "shot", "label"]].to_csv(index=False).encode()).hexdigest()
 
 
 def record_data(data_dir):
@@ -373,6 +404,8 @@ def check_args(args):
                     raise InputError(f"--{name} {number}: out of range; expected at least {low}{below}")
     if args.n_folds == 1 or args.n_folds < 0 or not 0 <= args.fold < max(args.n_folds, 1):
         raise InputError(f"--n_folds {args.n_folds} --fold {args.fold}: expected 2 folds or more, and a fold from 0 to n_folds - 1")
+    if args.n_folds and args.val_ratio == 0:
+        raise InputError("--val_ratio 0 trains on everyone and --n_folds holds a fold out; pass one of them")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite contradict each other; pass one of them")
     if args.patience and not args.val_ratio and not args.n_folds:

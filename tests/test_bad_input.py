@@ -11,6 +11,7 @@ from conftest import FAST, make_people, write_train
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from checkpoint import lock_output_dir
 from errors import InputError, explain
 
 
@@ -238,6 +239,10 @@ def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
     (["--val_ratio", "1.5"], ["--val_ratio 1.5", "below 1"]),
     (["--batch_size", "0"], ["--batch_size 0", "at least 1"]),
     (["--resize", "3", "3"], ["--resize 3", "at least 16"]),
+    (["--model", "resnet18.in1k"], ["--model resnet18.in1k", "resnet18.a1_in1k"]),
+    (["--model", "vgg11", "--resize", "24", "24"], ["--model vgg11", "24 x 24", "--resize"]),
+    (["--n_folds", "3", "--val_ratio", "0"], ["--n_folds", "--val_ratio 0"]),
+    (["--data_dir", ""], ["--data_dir", "is empty"]),
     (["--resize", "256"], ["--resize", "expected 2 arguments"]),
     (["--n_folds", "5", "--fold", "5"], ["--n_folds 5 --fold 5"]),
     (["--resume", "--overwrite"], ["contradict"]),
@@ -284,7 +289,35 @@ def test_results_folder_with_a_run_is_kept_and_a_ready_command_offered(command, 
 def test_resume_with_a_flag_that_changes_the_past(command, trained, dataset, tmp_path):
     shutil.copytree(trained, tmp_path / "results")
     flags = ["--data_dir", dataset, *FAST, "--epochs", "1", "--eval_steps", "5", "--lr", "1e-3", "--resume"]
-    one_line(command("train", *flags), "--lr was 0.003 and is now 0.001", "--output_dir")
+    one_line(command("train", *flags), "had --lr 0.003", "--lr 0.001 would change", "--output_dir")
+    one_line(command("train", *flags, "--resize", "48", "32", "--lr", "3e-3"), "--resize 32 24", "--resize 48 32 would change")
+    one_line(command("train", *flags, "--no-fix_labels", "--lr", "3e-3"), "had --fix_labels", "--no-fix_labels would change")
+
+
+def test_resume_with_other_people(command, trained, copy, tmp_path):
+    """Training people would become validation people."""
+    shutil.copytree(trained, tmp_path / "results")
+    people = pd.read_csv(copy / "train" / "train.csv", dtype=str)
+    shutil.rmtree(copy / "train" / "images" / people.path[3])
+    people.drop(3).to_csv(copy / "train" / "train.csv", index=False)
+    flags = ["--data_dir", copy, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
+    one_line(command("train", *flags), "people, photos or labels have changed", "--data_dir")
+
+
+def test_resume_with_another_architecture_under_the_same_name(command, trained, dataset, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "results") / "checkpoint-9"
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    state["model"]["conv_stem.weight"] = torch.zeros(5, 3, 3, 3)
+    torch.save(state, folder / "training_state.pt")
+    flags = ["--data_dir", dataset, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
+    one_line(command("train", *flags), "does not fit --model test_efficientnet", "--output_dir")
+
+
+def test_results_folder_in_use(command, dataset, tmp_path):
+    lock = lock_output_dir(tmp_path / "results")
+    one_line(command("train", "--data_dir", dataset, *FAST), "--output_dir results", "another run is writing in it")
+    lock.close()
+    assert command("train", "--data_dir", dataset, *FAST, "--epochs", "1").returncode == 0
 
 
 # --- scores ---
@@ -296,9 +329,13 @@ def test_resume_with_a_flag_that_changes_the_past(command, trained, dataset, tmp
     ("ImageID,ans\nc,1\n", ["s.csv", "1 ImageIDs are not in", "such as c"]),
     ("id,ans\na,1\n", ["no column 'ImageID'"]),
     ("", ["s.csv", "not a CSV"]),
+    (None, ["s.csv", "cannot be read", "CSV"]),
 ])
 def test_scoring(command, tmp_path, submission, parts):
-    (tmp_path / "s.csv").write_text(submission)
+    if submission is None:
+        (tmp_path / "s.csv").mkdir()
+    else:
+        (tmp_path / "s.csv").write_text(submission)
     (tmp_path / "a.csv").write_text("ImageID,ans\na,0\nb,1\n")
     one_line(command("f1", "s.csv", "a.csv"), *parts)
 
@@ -311,10 +348,12 @@ def test_scoring_names_ids_that_the_submission_lacks(command, tmp_path):
 
 # --- the machine ---
 
-def test_loss_that_is_not_finite(command, dataset, tmp_path):
-    result = command("train", "--data_dir", dataset, *FAST, "--lr", "1e30", "--clip_grad", "0", "--warmup", "0",
-                     "--optimizer", "sgd", "--epochs", "1", "--log_interval", "3")
-    one_line(result, "loss of step", "learning rate", "--lr")
+@pytest.mark.parametrize(("flags", "says"), [(["--log_interval", "3"], "the loss of step"),
+                                             (["--eval_steps", "1"], "is not finite after step 1")])
+def test_numbers_that_are_not_finite(command, dataset, tmp_path, flags, says):
+    result = command("train", "--data_dir", dataset, *FAST, "--lr", "1e40", "--clip_grad", "0", "--warmup", "0",
+                     "--optimizer", "sgd", "--epochs", "1", *flags)
+    one_line(result, says, "learning rate", "--lr")
     assert not list((tmp_path / "results").glob("checkpoint-*"))
 
 
@@ -323,7 +362,7 @@ def test_results_folder_that_cannot_be_made(command, dataset, tmp_path):
     (tmp_path / "file").write_text("kept")
     one_line(command("train", "--data_dir", dataset, *FAST, "--output_dir", "file/results"), "--output_dir", "is a file")
     assert (tmp_path / "file").read_text() == "kept"
-    assert "another --output_dir" in explain(PermissionError(13, "Permission denied", "results"))
+    assert "no permission at results" in explain(PermissionError(13, "Permission denied", "results"))
 
 
 def test_full_disk_ends_in_one_line_and_keeps_the_earlier_checkpoints(command, dataset, tmp_path):

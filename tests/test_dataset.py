@@ -36,9 +36,11 @@ def test_class_code_by_the_task_statement():
 
 
 @pytest.mark.parametrize("inside", ["", "train", "train/images", "eval", "eval/images"])
-def test_any_folder_of_the_dataset_will_do(dataset, inside):
+def test_any_folder_of_the_dataset_will_do(dataset, inside, monkeypatch):
     assert len(read_train(dataset / inside)) == 24 * 7
     assert len(read_eval(dataset / inside)) == 20
+    monkeypatch.chdir(dataset / inside)
+    assert len(read_train(".")) == 24 * 7 and len(read_eval(".")) == 20
 
 
 def test_reader_survives_the_quirks(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -103,6 +104,15 @@ def test_data_moved_away_is_said(command, trained, dataset, tmp_path):
     assert result.returncode == 2 and "gone" in result.stderr and "--data_dir" in result.stderr
     result = command("inference", "--model_dir", folder, "--data_dir", dataset / "eval" / "images")
     assert result.returncode == 0, result.stderr
+
+
+def test_photos_of_several_folders_and_of_any_name_each_keep_a_row(command, trained, tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (40, 50)).save(tmp_path / folder / "same.jpg")
+    shutil.copy(tmp_path / "one" / "same.jpg", os.fsencode(tmp_path / "two") + b"/\xb0\xa1.jpg")  # CP949, as old archives hold
+    predict(command, "--model_dir", trained, "--data_dir", "one", "two")
+    assert pd.read_csv(tmp_path / "predictions.csv").ImageID.tolist() == ["one/same.jpg", "two/same.jpg", "two/\\xb0\\xa1.jpg"]
 
 
 def test_list_images_does_not_depend_on_the_order_of_arguments(dataset):

@@ -86,7 +86,7 @@ def test_what_a_run_leaves_and_says(command, dataset, tmp_path):
     out = train(command, dataset, "results", "--class_weights", "sqrt", "--log_interval", "3")
     folder = tmp_path / "results"
     assert {path.name for path in folder.iterdir()} == {
-        "checkpoint-5", "checkpoint-9", "tensorboard", "log.jsonl", "augmented_inputs.png", "confusion_matrix.png",
+        ".lock", "checkpoint-5", "checkpoint-9", "tensorboard", "log.jsonl", "augmented_inputs.png", "confusion_matrix.png",
         "worst_mistakes.png"}
     assert {path.name for path in (folder / "checkpoint-5").iterdir()} == {
         "model.safetensors", "config.json", "trainer_state.json", "training_state.pt", "valid_predictions.csv"}
@@ -131,6 +131,12 @@ def test_folds_and_val_ratio_zero_by_command(command, dataset, tmp_path):
 def test_early_stopping_stops(command, dataset, tmp_path):
     out = train(command, dataset, "results", "--lr", "1e-9", "--ema_decay", "0", "--eval_steps", "1", "--patience", "2")
     assert "stopped early" in out and len(list_checkpoints(tmp_path / "results")) <= 6
+    names = [path.name for path in list_checkpoints(tmp_path / "results")]
+    (tmp_path / "results" / "worst_mistakes.png").unlink()  # as if it had been stopped before its last word
+    out = train(command, dataset, "results", "--lr", "1e-9", "--ema_decay", "0", "--eval_steps", "1", "--patience", "2", "--resume")
+    assert "the run is complete" in out and "next: python inference.py" in out
+    assert [path.name for path in list_checkpoints(tmp_path / "results")] == names
+    assert (tmp_path / "results" / "worst_mistakes.png").is_file()
 
 
 def test_mixed_precision_trains_and_is_another_computation(command, dataset, tmp_path, trained):
