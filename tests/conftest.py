@@ -17,8 +17,8 @@ from PIL import Image
 ROOT = Path(__file__).parent.parent
 SHOTS = ["incorrect_mask", "mask1", "mask2", "mask3", "mask4", "mask5", "normal"]
 # Flags of a run of seconds: the smallest EfficientNet there is on small photos, from scratch.
-FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24", "--batch_size", "16", "--device", "cpu",
-        "--num_workers", "0"]
+FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24", "--crop", "0.9", "0.8",
+        "--batch_size", "16", "--device", "cpu", "--num_workers", "0"]
 
 # The commands' processes are forked from a server that has imported them once: real processes, without seconds of imports each.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"

@@ -186,6 +186,14 @@ def test_training_and_validation_share_the_geometry_and_only_training_is_augment
     assert plain[3][0].dtype == torch.uint8 and plain[3][0].shape == (3, 32, 24)
 
 
+def test_two_datasets_share_nothing(dataset):
+    """Class-level lists put validation photos into training."""
+    train, valid = split_people(read_train(dataset), 0.2)
+    sets = [MaskDataset(photos, Geometry((16, 16))) for photos in (train, valid)]
+    for photos, own in zip((train, valid), sets, strict=True):
+        assert len(own) == len(photos) and list(own.paths) == photos.path.tolist() and list(own.labels) == photos.label.tolist()
+
+
 def test_labels_are_never_read_from_images(dataset):
     photos = read_train(dataset).assign(path="nowhere.jpg")
     assert len(list(EpochSampler(photos, 16, "balanced"))) == 11

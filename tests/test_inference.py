@@ -53,7 +53,7 @@ def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, da
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     photo = read_eval(dataset).iloc[7]
-    pixels = torch.from_numpy(Geometry(cfg["input_size"][1:])(read_image(photo.path))).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(Geometry(cfg["input_size"][1:], (0.9, 0.8))(read_image(photo.path))).permute(2, 0, 1)[None] / 255
     pixels = (pixels - torch.tensor(cfg["mean"]).view(3, 1, 1)) / torch.tensor(cfg["std"]).view(3, 1, 1)
     with torch.inference_mode():
         expected = (model(pixels).softmax(1) + model(pixels.flip(3)).softmax(1)) / 2
@@ -66,7 +66,7 @@ def test_results_folder_means_its_best(trained):
 
 
 def test_ensemble_of_two_backbones_at_two_sizes_is_the_weighted_mean(command, trained, dataset, tmp_path):
-    flags = [*FAST, "--model", "test_vit", "--resize", "48", "32", "--crop", "0.9", "0.8", "--epochs", "1"]
+    flags = [*FAST, "--model", "test_vit", "--resize", "48", "32", "--crop", "0.8", "0.9", "--epochs", "1"]
     assert command("train", "--data_dir", dataset, *flags, "--output_dir", "vit").returncode == 0
     for name, flags in [("a", [trained]), ("b", ["vit"]), ("ab", [trained, "vit", "--model_weights", "1", "3"])]:
         predict(command, "--model_dir", *flags, "--save_probs", f"{name}.csv", "--output", f"s{name}.csv")

@@ -60,6 +60,16 @@ def test_resuming_ends_with_the_same_files(command, dataset, tmp_path, flags):
     assert "the run is complete" in train(command, dataset, "part", *flags, "--resume")
 
 
+def test_best_score_survives_a_resume(command, dataset, tmp_path, trained):
+    folder = shutil.copytree(trained, tmp_path / "results")
+    state = json.loads((folder / "checkpoint-9" / "trainer_state.json").read_text())
+    write_json(folder / "checkpoint-9" / "trainer_state.json", state | {"best_step": 5, "best_macro_f1": 0.99})
+    out = train(command, dataset, "results", "--epochs", "2", "--keep_last", "1", "--resume")
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5", "checkpoint-18"]
+    state = json.loads((folder / "checkpoint-18" / "trainer_state.json").read_text())
+    assert state["best_step"] == 5 and state["best_macro_f1"] == 0.99 and "--model_dir=./results/checkpoint-5" in out
+
+
 def test_resume_before_the_first_checkpoint_starts_from_zero(command, dataset):
     assert "starting from step 0" in train(command, dataset, "fresh", "--resume")
 
