@@ -1,10 +1,15 @@
 """Macro F1 as the competition counts it, and where it was lost.
 
     python f1.py submission.csv answers.csv
+    python f1.py results/fold-*                                    # pooled out-of-fold predictions
+    python f1.py results/fold-* --against other/fold-*             # and what they gain on the same people
 
 Rows are matched by ImageID. The interval comes from a bootstrap over people if answers.csv has a `person` column.
 """
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 from sklearn.metrics import accuracy_score, f1_score
 
 from dataset import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
@@ -28,7 +33,7 @@ def attribute_f1(labels, predictions):
             for (truth, guess), (name, n) in zip(pairs, [("mask", 3), ("gender", 2), ("age", 3)], strict=True)}
 
 
-def bootstrap_interval(labels, predictions, people, num_draws=2000, seed=0):
+def bootstrap_interval(labels, predictions, people, baseline=None, num_draws=2000, seed=0):
     """95 % percentile interval of macro F1 by bootstrap over people (Efron & Tibshirani 1993, chapter 13).
 
     A person's photos stand or fall together: drawing photos one by one would make the interval far too narrow.
@@ -36,23 +41,32 @@ def bootstrap_interval(labels, predictions, people, num_draws=2000, seed=0):
     Args:
         labels, predictions: (N,) of 0..17.
         people: (N,) a key of the person on each photo.
+        baseline: (N,) other predictions for the same photos; the interval is then of the difference, predictions minus
+            baseline, with the same people drawn for both (a paired bootstrap).
 
     Returns:
-        (low, high), each in [0, 1].
+        (low, high), each in [0, 1], or in [-1, 1] for a difference.
     """
     _, person = np.unique(np.asarray(people), return_inverse=True)
     num_people = person.max() + 1
-    counts = np.zeros((3, num_people, NUM_CLASSES))  # truths, predictions and hits of each person in each class
+    times_drawn = np.random.default_rng(seed).multinomial(num_people, np.full(num_people, 1 / num_people), size=num_draws)
+    scores = _drawn_macro_f1(labels, predictions, person, times_drawn)
+    if baseline is not None:
+        scores = scores - _drawn_macro_f1(labels, baseline, person, times_drawn)
+    low, high = np.percentile(scores, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _drawn_macro_f1(labels, predictions, person, times_drawn):
+    """Macro F1 of each draw, from counts: labels, predictions, person (N,), times_drawn (draws, people)."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
+    counts = np.zeros((3, times_drawn.shape[1], NUM_CLASSES))  # truths, predictions and hits of each person in each class
     hits = labels == predictions
     np.add.at(counts[0], (person, labels), 1)
     np.add.at(counts[1], (person, predictions), 1)
     np.add.at(counts[2], (person[hits], labels[hits]), 1)
-    times_drawn = np.random.default_rng(seed).multinomial(num_people, np.full(num_people, 1 / num_people), size=num_draws)
     truths, guesses, hits = times_drawn @ counts
-    scores = (2 * hits / np.maximum(truths + guesses, 1)).mean(axis=1)
-    low, high = np.percentile(scores, [2.5, 97.5])
-    return float(low), float(high)
+    return (2 * hits / np.maximum(truths + guesses, 1)).mean(axis=1)
 
 
 def report(labels, predictions, people=None):
@@ -79,6 +93,18 @@ def report(labels, predictions, people=None):
     return "\n".join(lines)
 
 
+def match(submission_path, answers_path):
+    """A submission and the answers as one table like `read_pooled`'s; InputError if their ids differ."""
+    submission, answers = read_answers(submission_path), read_answers(answers_path)
+    for name, extra, other in [(submission_path, submission.index.difference(answers.index), answers_path),
+                               (answers_path, answers.index.difference(submission.index), submission_path)]:
+        if len(extra):
+            raise InputError(f"{name}: {len(extra)} ImageIDs are not in {other}, such as {extra[0]}; expected the same ids in both")
+    if answers.empty:
+        raise InputError(f"{answers_path}: no rows; expected one ImageID and ans a line")
+    return answers.rename(columns={"ans": "label"}).assign(ans=submission["ans"].reindex(answers.index))
+
+
 def read_answers(path):
     """The `ans` of a submission or answer file by ImageID, as a DataFrame with ans as int, indexed by ImageID.
 
@@ -89,31 +115,64 @@ def read_answers(path):
     repeated = table.ImageID[table.ImageID.duplicated()]
     if len(repeated):
         raise InputError(f"{path}: ImageID {repeated.iloc[0]!r} is repeated; expected each id once")
-    wrong = ~table["ans"].isin([str(label) for label in range(NUM_CLASSES)])
+    return _with_classes(table, "ans", path).set_index("ImageID")
+
+
+def read_pooled(paths):
+    """Predictions of held-out photos, of one run or of all folds: ImageID as index, label, ans, person and p0..p17.
+
+    Args:
+        paths: results folders (their valid_predictions.csv, of the best checkpoint) or such files.
+
+    Raises:
+        InputError: for a missing file or column, a class that is none, or a photo that is held out twice.
+    """
+    tables = []
+    for path in paths:
+        file = Path(path) / "valid_predictions.csv" if Path(path).is_dir() else Path(path)
+        table = read_table(file, ["ImageID", "person", "label", "ans"])
+        tables.append(_with_classes(_with_classes(table, "label", file), "ans", file).assign(file=str(file)))
+    pooled = pd.concat(tables)
+    repeated = pooled[pooled.ImageID.duplicated()]
+    if len(repeated):
+        row = repeated.iloc[0]
+        raise InputError(f"{row.file}: {row.ImageID} was held out in another of the {len(tables)} runs, too; expected the folds "
+                         f"of one --n_folds and --seed")
+    return pooled.set_index("ImageID")
+
+
+def _with_classes(table, column, path):
+    wrong = ~table[column].isin([str(label) for label in range(NUM_CLASSES)])
     if wrong.any():
         row = table[wrong].iloc[0]
-        raise InputError(f"{path}: ans {row['ans']!r} of {row.ImageID} is not valid; expected an integer 0..{NUM_CLASSES - 1}")
-    return table.assign(ans=table["ans"].astype(int)).set_index("ImageID")
+        raise InputError(f"{path}: {column} {row[column]!r} of {row.ImageID} is not valid; expected an integer "
+                         f"0..{NUM_CLASSES - 1}")
+    return table.assign(**{column: table[column].astype(int)})
 
 
 def main(argv=None):
     args = parse_args(argv)
-    submission, answers = read_answers(args.submission), read_answers(args.answers)
-    for name, extra, other in [(args.submission, submission.index.difference(answers.index), args.answers),
-                               (args.answers, answers.index.difference(submission.index), args.submission)]:
-        if len(extra):
-            raise InputError(f"{name}: {len(extra)} ImageIDs are not in {other}, such as {extra[0]}; expected the same ids in both")
-    if answers.empty:
-        raise InputError(f"{args.answers}: no rows; expected one ImageID and ans a line")
-    predictions = submission["ans"].reindex(answers.index).to_numpy()
-    people = answers["person"].to_numpy() if "person" in answers else None
-    print(report(answers["ans"].to_numpy(), predictions, people))
+    *_, last = args.tables
+    is_submission = len(args.tables) == 2 and not Path(last).is_dir() and "label" not in read_table(last, []).columns
+    scored = match(*args.tables) if is_submission else read_pooled(args.tables)
+    print(report(scored.label, scored["ans"], scored.get("person")))
+    if args.against:
+        other = match(args.against[0], last) if is_submission else read_pooled(args.against)
+        if set(other.index) != set(scored.index):
+            raise InputError(f"--against {args.against[0]}: other photos were held out ({len(other)} and {len(scored)}); expected "
+                             f"runs with the same data, --seed and --n_folds or --val_ratio")
+        baseline = other["ans"].reindex(scored.index)
+        people = scored.get("person", pd.Series(scored.index))
+        low, high = bootstrap_interval(scored.label, scored["ans"], people, baseline)
+        gain = macro_f1(scored.label, scored["ans"]) - macro_f1(scored.label, baseline)
+        print(f"\ngain over {args.against[0]}: {gain:+.4f}   95 % interval {low:+.4f} .. {high:+.4f}, "
+              f"paired over {people.nunique()} people")
 
 
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("submission", help="CSV with ImageID,ans to score")
-    parser.add_argument("answers", help="CSV with the true ImageID,ans and, if known, person")
+    parser.add_argument("tables", nargs="+", help="submission.csv answers.csv, or results folders to pool the held-out photos of")
+    parser.add_argument("--against", nargs="+", help="another submission, or results folders of another recipe, to compare with")
     return parser.parse_args(argv)
 
 

@@ -2,6 +2,7 @@
 import json
 import logging
 import shlex
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -83,7 +84,7 @@ def finish(state, output_dir, valid_photos, board):
     best = find_checkpoint(output_dir)
     write_log(state["history"], output_dir)
     if len(valid_photos):
-        predictions = pd.read_csv(best / "valid_predictions.csv")
+        predictions = pd.read_csv(shutil.copy(best / "valid_predictions.csv", output_dir))
         labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
         low, high = bootstrap_interval(labels, answers, predictions.person)
         log.info(f"best macro F1 {macro_f1(labels, answers):.4f} at step {step_of(best)}, the best of {len(state['history'])} "

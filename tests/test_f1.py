@@ -75,3 +75,42 @@ def test_report_is_readable_and_rows_are_matched_by_id(command, tmp_path):
 
 def test_report_says_when_it_does_not_know_the_people():
     assert "over 2 photos" in report([0, 1], [0, 1])
+
+
+def test_folds_are_pooled_and_compared_on_the_same_people(command, tmp_path):
+    rng = np.random.default_rng(3)
+    tables = {"a": [], "b": []}
+    for fold in range(2):
+        labels = np.tile(np.arange(18), 4)
+        people = np.repeat([f"{fold}-{i}" for i in range(4)], 18)
+        for run, wrong in [("a", 0.2), ("b", 0.4)]:
+            guesses = np.where(rng.random(72) < wrong, (labels + 1) % 18, labels)
+            ids = [f"{fold}-{i}.jpg" for i in range(72)]
+            table = pd.DataFrame({"ImageID": ids, "person": people, "label": labels, "ans": guesses})
+            (tmp_path / f"{run}-{fold}").mkdir()
+            table.sample(frac=1, random_state=1).to_csv(tmp_path / f"{run}-{fold}" / "valid_predictions.csv", index=False)
+            tables[run].append(table)
+    scores = {run: f1_score(*pd.concat(parts)[["label", "ans"]].to_numpy().T, average="macro") for run, parts in tables.items()}
+    result = command("f1", "a-0", "a-1", "--against", "b-0", "b-1")
+    assert result.returncode == 0, result.stderr
+    assert f"macro F1 {scores['a']:.4f}" in result.stdout and "over 8 people" in result.stdout
+    assert f"gain over b-0: {scores['a'] - scores['b']:+.4f}" in result.stdout
+    result = command("f1", "a-0", "a-0")
+    assert result.returncode == 2 and "was held out in another" in result.stderr
+    result = command("f1", "a-0", "--against", "b-1")
+    assert result.returncode == 2 and "other photos were held out" in result.stderr
+
+
+def test_paired_interval_agrees_with_resampled_scikit_learn():
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 18, 210)
+    one = np.where(rng.random(210) < 0.7, labels, rng.integers(0, 18, 210))
+    other = np.where(rng.random(210) < 0.6, labels, rng.integers(0, 18, 210))
+    people = np.repeat(np.arange(30), 7)
+    gains = []
+    for _ in range(300):
+        rows = np.concatenate([np.flatnonzero(people == p) for p in rng.integers(0, 30, 30)])
+        one_f1, other_f1 = (f1_score(labels[rows], guess[rows], labels=range(18), average="macro", zero_division=0)
+                            for guess in (one, other))
+        gains.append(one_f1 - other_f1)
+    assert bootstrap_interval(labels, one, people, other) == pytest.approx(np.percentile(gains, [2.5, 97.5]), abs=0.02)

@@ -97,7 +97,7 @@ def test_what_a_run_leaves_and_says(command, dataset, tmp_path):
     folder = tmp_path / "results"
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "checkpoint-5", "checkpoint-9", "tensorboard", "log.jsonl", "augmented_inputs.png", "confusion_matrix.png",
-        "worst_mistakes.png"}
+        "valid_predictions.csv", "worst_mistakes.png"}
     assert {path.name for path in (folder / "checkpoint-5").iterdir()} == {
         "model.safetensors", "config.json", "trainer_state.json", "training_state.pt", "valid_predictions.csv"}
     assert "training: 19 people, 133 photos" in out and "validation: 5 people, 35 photos" in out
