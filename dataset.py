@@ -357,10 +357,10 @@ AUGMENTATIONS = {
 
 
 class MaskDataset(Dataset):
-    """Photos as (image, label): image a uint8 tensor (3, height, width), RGB 0..255; label a class, -1 if unknown.
+    """Photos as (image, label, years): image a uint8 tensor (3, height, width), RGB 0..255; label a class, years the age.
 
     Args:
-        photos: a table with `path` and, where known, `label`.
+        photos: a table with `path` and, where known, `label` and `years` (else they are -1).
         geometry: the `Geometry`, applied to every photo.
         augmentation: a name in AUGMENTATIONS, applied after the geometry to items asked for as (index, draw seed);
             an item asked for by its index alone is never augmented.
@@ -368,7 +368,8 @@ class MaskDataset(Dataset):
 
     def __init__(self, photos, geometry, augmentation="none"):
         self.paths = photos.path.to_numpy(dtype=str)
-        self.labels = photos.label.to_numpy() if "label" in photos else np.full(len(photos), -1)
+        unknown = np.full(len(photos), -1)
+        self.labels, self.years = (photos[key].to_numpy() if key in photos else unknown for key in ("label", "years"))
         self.geometry = geometry
         self.augment = A.Compose(AUGMENTATIONS[augmentation]())
 
@@ -383,7 +384,7 @@ class MaskDataset(Dataset):
             # photo would always be a brightened one, too.
             self.augment.set_random_state(np.random.default_rng(draw_seed), random.Random(draw_seed))
             image = self.augment(image=image)["image"]
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), int(self.labels[index])
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1), int(self.labels[index]), int(self.years[index])
 
 
 # Exponent of 1 / (photos in a person's gender x age group): how often a photo is drawn.

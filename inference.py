@@ -82,13 +82,13 @@ def infer(model, loader, statistics, device, tta="none", amp=None):
 
     Args:
         model: in evaluation mode, on `device`.
-        loader: of (uint8 images, anything) batches.
+        loader: of batches that begin with uint8 images.
         statistics: (mean, std) of the normalization.
         tta: "hflip" takes the mean over each photo and its mirror image.
         amp: mixed precision; None means on CUDA only.
     """
     outputs = []
-    for images, _ in tqdm(loader, disable=None, leave=False, desc="predict"):
+    for images, *_ in tqdm(loader, disable=None, leave=False, desc="predict"):
         images = normalize(images, *statistics, device)
         with autocast(device, amp):
             probabilities = model(images).float().softmax(dim=1)

@@ -78,6 +78,38 @@ class SumLoss(nn.Module):
         return sum(loss(logits, labels) for loss in self.losses)
 
 
+class AgeDistributionLoss(nn.Module):
+    """Label-distribution learning on years (DLDL, Gao et al. 2017): KL divergence from a normal density around the age.
+
+    Neighbouring years share evidence, so that 58 and 62 are near, which two class labels cannot say.
+
+    Args:
+        num_years: bins, 0 .. num_years - 1 years.
+        sigma: standard deviation of the density, in years.
+    """
+
+    def __init__(self, num_years, sigma=2.0):
+        super().__init__()
+        self.register_buffer("bins", torch.arange(num_years, dtype=torch.float32))
+        self.sigma = sigma
+
+    def forward(self, logits, years):
+        density = torch.softmax(-((self.bins - years[:, None]) / self.sigma) ** 2 / 2, dim=1)
+        return F.kl_div(F.log_softmax(logits, dim=1), density, reduction="batchmean")
+
+
+class WithAgeLoss(nn.Module):
+    """A loss on the first 18 columns of a training output, plus `age_weight` x an age loss on the other columns."""
+
+    def __init__(self, criterion, age_criterion, age_weight):
+        super().__init__()
+        self.criterion, self.age_criterion, self.age_weight = criterion, age_criterion, age_weight
+
+    def forward(self, outputs, labels, years):
+        loss = self.criterion(outputs[:, :NUM_CLASSES], labels)
+        return loss + self.age_weight * self.age_criterion(outputs[:, NUM_CLASSES:], years) if self.age_weight else loss
+
+
 # name -> function of (class weights or None, label smoothing, focal gamma)
 LOSSES = {
     "cross_entropy": lambda weight, smoothing, gamma: CrossEntropyLoss(weight),

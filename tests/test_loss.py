@@ -4,12 +4,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
+from scipy.stats import entropy, norm
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
 from torchvision.ops import sigmoid_focal_loss
 
 from errors import InputError
-from loss import LOSSES, CrossEntropyLoss, FocalLoss, SoftF1Loss, class_weights, create_loss
+from loss import LOSSES, AgeDistributionLoss, CrossEntropyLoss, FocalLoss, SoftF1Loss, WithAgeLoss, class_weights, create_loss
 
 torch.manual_seed(0)
 LOGITS, LABELS = torch.randn(40, 18), torch.arange(40) % 18
@@ -95,3 +97,20 @@ def test_class_weights_against_scikit_learn_and_by_hand():
 def test_f1_loss_refuses_class_weights():
     with pytest.raises(InputError, match="--criterion f1 takes no --class_weights"):
         create_loss("f1", torch.ones(18))
+
+
+def test_age_distribution_loss_against_scipy():
+    logits, years = torch.randn(3, 101), torch.tensor([0, 30, 85])
+    expected = []
+    for row, age in zip(logits.double().numpy(), years.tolist(), strict=True):
+        density = norm.pdf(np.arange(101), age, 2.0)  # cut at 0 and 100, and scaled to sum to 1 again
+        expected.append(entropy(density, softmax(row)))
+    assert AgeDistributionLoss(101, sigma=2.0)(logits, years).item() == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_age_loss_is_added_with_its_weight():
+    outputs, years = torch.randn(5, 18 + 101), torch.tensor([20, 40, 61, 59, 33])
+    classes, age = create_loss("cross_entropy"), AgeDistributionLoss(101)
+    expected = classes(outputs[:, :18], LABELS[:5]) + 0.3 * age(outputs[:, 18:], years)
+    assert torch.allclose(WithAgeLoss(classes, age, 0.3)(outputs, LABELS[:5], years), expected)
+    assert torch.allclose(WithAgeLoss(classes, age, 0)(outputs[:, :18], LABELS[:5], years), classes(outputs[:, :18], LABELS[:5]))
