@@ -1,0 +1,154 @@
+"""What each technique is worth on your data: the rows of the README's results table, run and scored side by side.
+
+    python -m benchmarks.recipes --data_dir DIR                                         # all rows, full budget
+    python -m benchmarks.recipes --data_dir DIR --recipes ce ours --n_folds 3 --seeds 1 2 \\
+        --set "--model tf_efficientnet_lite0 --weights FILE --resize 128 96 --lr 1e-3"  # a scaled budget
+    python -m benchmarks.recipes --people 60 --set "--resize 48 32 --epochs 1"          # do they run at all
+
+A run is train.py in a process of its own. Its folder is OUT/<recipe>/seed-<s>/fold-<k>; runs that are complete are not run
+again, and a stopped one goes on from its last checkpoint. OUT/results.csv is written anew after every run.
+"""
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+from dataset import find_part, read_table, read_train, split_people
+from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled
+
+ROOT = Path(__file__).parent.parent
+STOCK = "--head flat --criterion cross_entropy --sampler none --augmentation none --ema_decay 0 --dropout 0 --age_weight 0"
+UNTUNED = f"{STOCK} --resize 128 96 --crop 1 1 --lr 1e-3"
+TUNED = f"{STOCK} --lr 5e-4 --dropout 0.2"
+
+# name -> flags of train.py; the README's table shows the same ones.
+RECIPES = {
+    "resnet": f"--model resnet {UNTUNED}",
+    "vgg19": f"--model vgg19 {UNTUNED}",
+    "vgg19-tuned": f"--model vgg19 {TUNED} --lr 1e-4",
+    "vgg11-tuned": f"--model vgg11 {TUNED} --lr 1e-4",
+    "b4": f"--model efficientnet_b4 {UNTUNED}",
+    "ce": f"--model efficientnet_b4 {TUNED}",
+    "sampler": f"--model efficientnet_b4 {TUNED} --sampler balanced",
+    "focal": f"--model efficientnet_b4 {TUNED} --sampler balanced --criterion focal",
+    "loss-weight": f"--model efficientnet_b4 {TUNED} --class_weights balanced --criterion focal --augmentation base",
+    "ours": "",
+}
+# name -> members, of equal weight
+ENSEMBLES = {"ensemble": ["loss-weight", "vgg11-tuned", "resnet"]}
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Path(args.out)
+    data_dir = subset(args.data_dir, args.people, out / "data") if args.people else args.data_dir
+    wanted = args.recipes or [*RECIPES, *ENSEMBLES]
+    single = [name for name in RECIPES if name in wanted or any(name in ENSEMBLES.get(other, ()) for other in wanted)]
+    rows = []
+    for seed in args.seeds:
+        for name in single:
+            rows.append(score(name, seed, run(name, seed, data_dir, out, args.n_folds, args.set)))
+            save(rows, out)
+        for name in [name for name in ENSEMBLES if name in wanted]:
+            rows.append(score_ensemble(name, seed, [folders(out, member, seed, args.n_folds) for member in ENSEMBLES[name]]))
+            save(rows, out)
+    print(summary(rows))
+
+
+def folders(out, name, seed, n_folds):
+    """The results folders of a recipe's runs: one a fold, or one for the split by --val_ratio."""
+    return [out / name / f"seed-{seed}" / (f"fold-{fold}" if n_folds else "split") for fold in range(max(n_folds, 1))]
+
+
+def run(name, seed, data_dir, out, n_folds, overrides):
+    """Train a recipe unless it is there already; returns its results folders."""
+    for fold, folder in enumerate(folders(out, name, seed, n_folds)):
+        record = folder / "recipe.json"
+        if record.is_file():
+            continue
+        command = [sys.executable, str(ROOT / "train.py"), *([] if data_dir is None else ["--data_dir", str(data_dir)]),
+                   *shlex.split(RECIPES[name]), *shlex.split(overrides), "--eval_steps", "1000000", "--seed", str(seed),
+                   *(["--n_folds", str(n_folds), "--fold", str(fold)] if n_folds else []), "--output_dir", str(folder), "--resume"]
+        print(f"{name}, seed {seed}, {folder.name}: {shlex.join(command[2:])}", flush=True)
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{name} failed: {done.stderr.strip()}")
+        speeds = [float(speed) for speed in re.findall(r"([\d.]+) images/s", done.stdout)]
+        record.write_text(json.dumps({"command": command[2:], "seconds": time.perf_counter() - started,
+                                      "images_per_second": pd.Series(speeds, dtype=float).median()}))
+    return folders(out, name, seed, n_folds)
+
+
+def score(name, seed, results):
+    """A row of the table: the held-out photos of all folds pooled."""
+    pooled = read_pooled(results)
+    records = [json.loads((folder / "recipe.json").read_text()) for folder in results]
+    return row(name, seed, pooled, sum(record["seconds"] for record in records),
+               sum(record["images_per_second"] for record in records) / len(records))
+
+
+def score_ensemble(name, seed, members):
+    """The row of a soft vote: the mean of the members' probabilities for the same held-out photos."""
+    tables = [read_pooled(results) for results in members]
+    columns = [f"p{label}" for label in range(18)]
+    mean = sum(table[columns].astype(float).reindex(tables[0].index) for table in tables) / len(tables)
+    return row(name, seed, tables[0].assign(ans=mean.to_numpy().argmax(axis=1)), None, None)
+
+
+def row(name, seed, pooled, seconds, speed):
+    low, high = bootstrap_interval(pooled.label, pooled["ans"], pooled.person)
+    return {"recipe": name, "seed": seed, "people": pooled.person.nunique(), "macro_f1": macro_f1(pooled.label, pooled["ans"]),
+            "low": low, "high": high, **attribute_f1(pooled.label, pooled["ans"]), "seconds": seconds, "images_per_second": speed}
+
+
+def save(rows, out):
+    pd.DataFrame(rows).to_csv(out / "results.csv", index=False, float_format="%.4f")
+
+
+def summary(rows):
+    """A line a recipe: mean and spread over seeds, the widest interval over people, F1 per attribute, time and speed."""
+    table = pd.DataFrame(rows).groupby("recipe", sort=False)
+    lines = table[["macro_f1", "mask", "gender", "age", "seconds", "images_per_second"]].mean()
+    lines.insert(1, "spread", table.macro_f1.std())
+    lines.insert(2, "low", table.low.min())
+    lines.insert(3, "high", table.high.max())
+    return lines.round(4).to_string()
+
+
+def subset(data_dir, people, folder):
+    """A dataset of links to the photos of some people, stratified on gender x age band."""
+    photos = read_train(data_dir)
+    total = photos.person.nunique()
+    chosen = set(split_people(photos, people / total, seed=0)[1].person) if people < total else set(photos.person)
+    source = find_part(data_dir, "train")
+    table = read_table(source / "train.csv", ["id", "gender", "age", "path"])
+    (folder / "train" / "images").mkdir(parents=True, exist_ok=True)
+    table[table.path.isin(chosen)].to_csv(folder / "train" / "train.csv", index=False)
+    for person in chosen:
+        link = folder / "train" / "images" / person
+        if not link.exists():
+            link.symlink_to(source / "images" / person)
+    return folder
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_dir", help="dataset (default: as train.py chooses)")
+    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, *ENSEMBLES], help="rows to run (default: all)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds, each a whole repetition")
+    parser.add_argument("--n_folds", type=int, default=0, help="pool the held-out people of this many folds; 0: one split")
+    parser.add_argument("--people", type=int, help="use only so many people")
+    parser.add_argument("--set", default="", metavar="FLAGS", help="flags of train.py that override every recipe's")
+    parser.add_argument("--out", default="results-recipes", help="folder of the runs and of results.csv")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
