@@ -109,7 +109,7 @@ def resume(output_dir, state):
     before = read_trainer_state(checkpoints[-1])
     for key, value in state["args"].items():
         if key != "epochs" and before["args"].get(key) != value:
-            raise InputError(f"--resume: this run had {_as_flag(key, before['args'].get(key))}, and {_as_flag(key, value)} would "
+            raise InputError(f"--resume: this run had {as_flag(key, before['args'].get(key))}, and {as_flag(key, value)} would "
                              f"change what was already computed; pass the former, or another --output_dir")
     if before.get("data") != state["data"]:
         raise InputError("--resume: the dataset's people, photos or labels have changed since, and the split with them; pass the "
@@ -123,7 +123,8 @@ def resume(output_dir, state):
     return training_state
 
 
-def _as_flag(key, value):
+def as_flag(key, value):
+    """A flag as it is written on the command line."""
     if isinstance(value, bool):
         return f"--{key}" if value else f"--no-{key}"
     if value is None:

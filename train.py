@@ -23,6 +23,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 from checkpoint import (
+    as_flag,
     check_output_dir,
     delete_run,
     lock_output_dir,
@@ -82,7 +83,7 @@ def main(argv=None):
     data_dir, kind = choose_data(args.data_dir)
     if DATASET_DEFAULTS.get(kind):
         args = parse_args(argv, DATASET_DEFAULTS[kind])
-        log.info(f"{kind} defaults: {' '.join(f'--{key} {_flag(value)}' for key, value in DATASET_DEFAULTS[kind].items())}")
+        log.info(f"{kind} defaults: {' '.join(as_flag(key, value) for key, value in DATASET_DEFAULTS[kind].items())}")
 
     # data
     photos = read_train(data_dir, args.fix_labels)
@@ -388,10 +389,6 @@ def parse_args(argv=None, defaults=None):
     args = parser.parse_args(argv)
     check_args(args)
     return args
-
-
-def _flag(value):
-    return " ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def check_args(args):
