@@ -1,7 +1,8 @@
 """Losses over the 18 classes, and class weights.
 
-Every loss takes logits (B, 18) and labels (B,) of 0..17 and returns a scalar. Class weights are scaled to a mean of 1
-over the training photos, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
+Every loss takes logits (B, 18) and targets (B, 18), distributions over the classes (one-hot rows are plain labels), and
+returns a scalar. Class weights are scaled to a mean of 1 over the training photos, a photo's weight is the mean of the
+classes' over its target, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
 neither the scale of the loss nor the best learning rate, and the batches of a step add up to it.
 """
 import numpy as np
@@ -16,10 +17,10 @@ from errors import InputError
 class CrossEntropyLoss(nn.Module):
     """Cross entropy with optional class weights and label smoothing (Szegedy et al. 2016, section 7).
 
-    With smoothing s the target is 1 - s on the true class plus s / 18 on every class.
+    With smoothing s it learns (1 - s) x target plus s / 18 on every class.
 
     Args:
-        weight: (18,) class weights, or None for all 1; applied by the true class.
+        weight: (18,) class weights, or None for all 1.
         smoothing: s, in [0, 1).
     """
 
@@ -28,13 +29,13 @@ class CrossEntropyLoss(nn.Module):
         self.register_buffer("weight", _weight(weight))
         self.smoothing = smoothing
 
-    def forward(self, logits, labels):
-        losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=self.smoothing)
-        return (self.weight[labels] * losses).mean()
+    def forward(self, logits, targets):
+        losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.smoothing)
+        return (targets @ self.weight * losses).mean()
 
 
 class FocalLoss(nn.Module):
-    """Focal loss, -(1 - p)^gamma log p for the true class's probability p (Lin et al. 2017, equation 5).
+    """Focal loss, -(1 - p)^gamma log p for each class's probability p, in the shares of the target (Lin et al. 2017, eq. 5).
 
     Args:
         weight: (18,) class weights (the paper's alpha), or None for all 1.
@@ -46,24 +47,24 @@ class FocalLoss(nn.Module):
         self.register_buffer("weight", _weight(weight))
         self.gamma = gamma
 
-    def forward(self, logits, labels):
-        log_p = F.log_softmax(logits, dim=1).gather(1, labels[:, None]).squeeze(1)
+    def forward(self, logits, targets):
+        log_p = F.log_softmax(logits, dim=1)
         # expm1 keeps 1 - p exact, and its gradient finite, where p is close to 1.
-        return (-self.weight[labels] * (-torch.expm1(log_p)).clamp_min(1e-8) ** self.gamma * log_p).mean()
+        losses = -(targets * (-torch.expm1(log_p)).clamp_min(1e-8) ** self.gamma * log_p).sum(1)
+        return (targets @ self.weight * losses).mean()
 
 
 class SoftF1Loss(nn.Module):
     """1 - macro F1 with probabilities in place of counts (the soft F1 of sigmoidF1, Benedict et al. 2021, over softmax).
 
-    The mean is over the classes that occur in the batch: the F1 of an absent class has no gradient worth following.
+    The mean is over the classes with at least half a photo in the batch: the F1 of an absent class has no gradient worth following.
     It does not add up over parts of a batch: with --accumulation_steps each part is scored by itself.
     """
 
-    def forward(self, logits, labels):
-        p = logits.float().softmax(dim=1)
-        truth = F.one_hot(labels, p.shape[1]).to(p.dtype)
-        f1 = 2 * (p * truth).sum(0) / (p.sum(0) + truth.sum(0))
-        present = (truth.sum(0) > 0).to(p.dtype)
+    def forward(self, logits, targets):
+        p = logits.softmax(dim=1)
+        f1 = 2 * (p * targets).sum(0) / (p.sum(0) + targets.sum(0))
+        present = (targets.sum(0) > 0.5).to(p.dtype)
         return 1 - (f1 * present).sum() / present.sum()
 
 
@@ -74,40 +75,8 @@ class SumLoss(nn.Module):
         super().__init__()
         self.losses = nn.ModuleList(losses)
 
-    def forward(self, logits, labels):
-        return sum(loss(logits, labels) for loss in self.losses)
-
-
-class AgeDistributionLoss(nn.Module):
-    """Label-distribution learning on years (DLDL, Gao et al. 2017): KL divergence from a normal density around the age.
-
-    Neighbouring years share evidence, so that 58 and 62 are near, which two class labels cannot say.
-
-    Args:
-        num_years: bins, 0 .. num_years - 1 years.
-        sigma: standard deviation of the density, in years.
-    """
-
-    def __init__(self, num_years, sigma=2.0):
-        super().__init__()
-        self.register_buffer("bins", torch.arange(num_years, dtype=torch.float32))
-        self.sigma = sigma
-
-    def forward(self, logits, years):
-        density = torch.softmax(-((self.bins - years[:, None]) / self.sigma) ** 2 / 2, dim=1)
-        return F.kl_div(F.log_softmax(logits, dim=1), density, reduction="batchmean")
-
-
-class WithAgeLoss(nn.Module):
-    """A loss on the first 18 columns of a training output, plus `age_weight` x an age loss on the other columns."""
-
-    def __init__(self, criterion, age_criterion, age_weight):
-        super().__init__()
-        self.criterion, self.age_criterion, self.age_weight = criterion, age_criterion, age_weight
-
-    def forward(self, outputs, labels, years):
-        loss = self.criterion(outputs[:, :NUM_CLASSES], labels)
-        return loss + self.age_weight * self.age_criterion(outputs[:, NUM_CLASSES:], years) if self.age_weight else loss
+    def forward(self, logits, targets):
+        return sum(loss(logits, targets) for loss in self.losses)
 
 
 # name -> function of (class weights or None, label smoothing, focal gamma)

@@ -62,7 +62,7 @@ MODELS = {
 HEADS = ("flat", "factored")
 
 
-def create_model(name, size, head="flat", weights="none", dropout=0.0, num_years=0):
+def create_model(name, size, head="flat", weights="none", dropout=0.0):
     """Build a classifier of normalized photos (B, 3, *size) into (B, 18) logits.
 
     Args:
@@ -72,8 +72,6 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0, num_years
         weights: "imagenet" (fetched by timm), "none", or a .safetensors/.pth file of this architecture, loaded without
             running code; its head is ignored.
         dropout: rate before the head, where the architecture has one.
-        num_years: in training mode the model's output has that many more columns, logits of the age in years
-            (`WithYears`); in evaluation mode it is the 18 logits alone.
 
     Raises:
         InputError: for an unknown name, weights that cannot be had or do not fit, or a size the model cannot take.
@@ -103,11 +101,9 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0, num_years
         zero_residuals(model)
     elif weights != "imagenet":
         load_weights(model, weights)
-    if head == "factored" or num_years:
+    if head == "factored":
         name = head_name(model)
-        layer = model.get_submodule(name)
-        classes = FactoredHead(layer.in_features) if head == "factored" else layer
-        model.set_submodule(name, WithYears(classes, num_years) if num_years else classes)
+        model.set_submodule(name, FactoredHead(model.get_submodule(name).in_features))
     return model
 
 
@@ -191,29 +187,12 @@ class FactoredHead(nn.Linear):
         return self.membership @ self.weight, self.membership @ self.bias
 
 
-class WithYears(nn.Module):
-    """A head that, in training mode only, appends logits (B, num_years) of the age in years to those of the classes."""
-
-    def __init__(self, classes, num_years):
-        super().__init__()
-        self.classes, self.years = classes, nn.Linear(classes.in_features, num_years)
-
-    def forward(self, features):
-        logits = self.classes(features)
-        return torch.cat([logits, self.years(features)], dim=1) if self.training else logits
-
-
 def inference_state(model):
     """The state_dict that inference needs: the head as one 18-way linear layer, whatever it was in training."""
     state = model.state_dict()
     for name, module in model.named_modules():
         if isinstance(module, FactoredHead):
             state[f"{name}.weight"], state[f"{name}.bias"] = module.folded()
-    for name, module in model.named_modules():
-        if isinstance(module, WithYears):
-            own = [key for key in state if key.startswith(f"{name}.")]
-            kept = {key.replace(f"{name}.classes.", f"{name}."): state.pop(key) for key in own if ".classes." in key}
-            state = {key: value for key, value in state.items() if key not in own} | kept
     return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
@@ -225,8 +204,7 @@ def head_name(model):
     """
     layers = _classifiers(model)
     if len(layers) != 1 or not isinstance(model.get_submodule(layers[0]), nn.Linear):
-        raise InputError("--head factored and --age_weight need a model that ends in one linear layer; pass --head flat "
-                         "--age_weight 0")
+        raise InputError("--head factored needs a model that ends in one linear layer; pass --head flat")
     return layers[0]
 
 

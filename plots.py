@@ -57,8 +57,9 @@ def photo_sheet(images, captions, path, columns=6, height=192):
 def inputs_sheet(dataset, sampler, path, count=24):
     """Write a sheet of the first augmented inputs of training; returns it as an array (H, W, 3)."""
     draws = [draw for batch in islice(sampler, count) for draw in batch][:count]
-    images, labels, _ = zip(*(dataset[draw] for draw in draws), strict=True)
-    sheet = photo_sheet([image.permute(1, 2, 0).numpy() for image in images], [CLASS_NAMES[label] for label in labels], path)
+    images, targets = zip(*(dataset[draw] for draw in draws), strict=True)
+    names = [CLASS_NAMES[target.argmax()] for target in targets]
+    sheet = photo_sheet([image.permute(1, 2, 0).numpy() for image in images], names, path)
     return np.asarray(sheet)
 
 

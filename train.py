@@ -43,12 +43,13 @@ from dataset import (
     find_part,
     normalize,
     read_train,
+    soft_targets,
     split_people,
 )
 from errors import ArgumentParser, InputError, run
 from f1 import attribute_f1, class_f1, macro_f1
 from inference import autocast, choose_device, choose_workers, infer
-from loss import CLASS_WEIGHTS, LOSSES, AgeDistributionLoss, WithAgeLoss, class_weights, create_loss
+from loss import CLASS_WEIGHTS, LOSSES, class_weights, create_loss
 from model import HEADS, create_model, input_statistics
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
@@ -64,7 +65,6 @@ DATASET_DEFAULTS = {
     # The competition's own photos show a head in their middle.
     "competition": {"crop": [0.625, 0.667]},
 }
-NUM_YEARS = 101  # ages 0 .. 100, of the age head
 NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --no-amp, and begin again with --overwrite or another "
               "--output_dir")
 # Flags that a resumed run may change, because no number that was already computed depends on them.
@@ -90,7 +90,7 @@ def main(argv=None):
     train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds, args.fold)
     geometry = Geometry(args.resize, args.crop)
     sampler = EpochSampler(train_photos, args.batch_size, args.sampler, args.seed)
-    train_set = MaskDataset(train_photos, geometry, args.augmentation)
+    train_set = MaskDataset(train_photos, geometry, args.augmentation, soft_targets(train_photos, args.age_sigma, args.old_age))
     num_workers = choose_workers(args.num_workers, device)
     train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
     valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
@@ -99,12 +99,11 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout, NUM_YEARS if args.age_weight else 0)
+    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout)
     model.to(device, memory_format=torch.channels_last)
     statistics = input_statistics(model)
     weight = class_weights(train_photos.label.to_numpy(), args.class_weights)
-    criterion = WithAgeLoss(create_loss(args.criterion, weight, args.label_smoothing, args.gamma),
-                            AgeDistributionLoss(NUM_YEARS, args.age_sigma), args.age_weight).to(device)
+    criterion = create_loss(args.criterion, weight, args.label_smoothing, args.gamma).to(device)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp is not False and device.type == "cuda"
                                   and not torch.cuda.is_bf16_supported())
@@ -136,12 +135,11 @@ def main(argv=None):
     board = create_board(output_dir, state["step"])
     board.add_image("inputs/augmented", inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png"), 0, dataformats="HWC")
 
-    def backward(images, labels, years, share):
-        images = normalize(images, *statistics, device)
+    def backward(images, targets, share):
+        images, targets = normalize(images, *statistics, device), targets.to(device, non_blocking=True)
         with autocast(device, args.amp):
-            outputs = model(images)
-        labels, years = labels.to(device, non_blocking=True), years.to(device, non_blocking=True)
-        loss = share * criterion(outputs.float(), labels, years)
+            logits = model(images)
+        loss = share * criterion(logits.float(), targets)
         scaler.scale(loss).backward()
         return loss.detach()
 
@@ -208,9 +206,9 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
 
     Args:
         model: put into training mode before every step, since an evaluation may have come between.
-        loader: of (images, labels, years) batches.
+        loader: of (images, targets) batches.
         accumulation_steps: batches to an optimizer step.
-        backward: (images, labels, years, share) -> the batch's mean loss times its share of the step; adds its gradients.
+        backward: (images, targets, share) -> the batch's mean loss times its share of the step; adds its gradients.
         update_weights: called with the step's number when its gradients are there.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
@@ -224,8 +222,8 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         step += 1
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-        photos = sum(len(labels) for _, labels, _ in group)
-        loss = sum(backward(*batch, len(batch[1]) / photos) for batch in group)
+        photos = sum(len(images) for images, _ in group)
+        loss = sum(backward(*batch, len(batch[0]) / photos) for batch in group)
         update_weights(step)
         yield step, loss, photos
 
@@ -358,8 +356,8 @@ def parse_args(argv=None, defaults=None):
     # loss
     parser.add_argument("--criterion", choices=LOSSES, default="label_smoothing", help="loss")
     parser.add_argument("--label_smoothing", type=float, default=0.05, help="of the criterion label_smoothing")
-    parser.add_argument("--age_weight", type=float, default=0.0, help="of the loss on the age in years beside the classes; 0: none")
-    parser.add_argument("--age_sigma", type=float, default=2.0, help="width of that loss's target, in years")
+    parser.add_argument("--age_sigma", type=float, default=5.0, help="years that an age may be off: softens the target; 0: not")
+    parser.add_argument("--old_age", type=int, default=60, help="years that count as old in training; scores always count from 60")
     parser.add_argument("--gamma", type=float, default=2.0, help="of the focal criteria")
     parser.add_argument("--class_weights", choices=CLASS_WEIGHTS, default="none", help="from the training photos' counts")
     # optimization
@@ -396,7 +394,7 @@ def check_args(args):
     for names, low, high in [
         ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
         ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
-        ("weight_decay gamma age_weight clip_grad patience seed", 0, None), ("lr age_sigma", 1e-12, None),
+        ("weight_decay gamma age_sigma clip_grad patience seed", 0, None), ("lr", 1e-12, None), ("old_age", 50, 71),
         ("num_workers", -1, None),
     ]:
         for name in names.split():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import make_people, write_eval, write_train
 from PIL import Image
+from scipy.stats import norm
 
 import dataset as d
 from dataset import (
@@ -22,6 +23,7 @@ from dataset import (
     read_eval,
     read_image,
     read_train,
+    soft_targets,
     split_people,
 )
 from errors import InputError
@@ -189,9 +191,24 @@ def test_training_and_validation_share_the_geometry_and_only_training_is_augment
 def test_two_datasets_share_nothing(dataset):
     """Class-level lists put validation photos into training."""
     train, valid = split_people(read_train(dataset), 0.2)
-    sets = [MaskDataset(photos, Geometry((16, 16))) for photos in (train, valid)]
+    sets = [MaskDataset(photos, Geometry((16, 16)), targets=soft_targets(photos)) for photos in (train, valid)]
     for photos, own in zip((train, valid), sets, strict=True):
-        assert len(own) == len(photos) and list(own.paths) == photos.path.tolist() and list(own.labels) == photos.label.tolist()
+        assert len(own) == len(photos) and list(own.paths) == photos.path.tolist()
+        assert own.targets.argmax(1).tolist() == photos.label.tolist()
+
+
+def test_soft_targets_against_scipy():
+    photos = pd.DataFrame({"years": [18, 29, 30, 58, 60, 85], "mask": [0, 1, 2, 0, 1, 2], "gender": [0, 1, 1, 0, 1, 0]})
+    for sigma, old_age in [(3.0, 60), (1.5, 58)]:
+        for row, photo in zip(soft_targets(photos, sigma, old_age), photos.itertuples(), strict=True):
+            ages = norm(photo.years, sigma)
+            young, old = ages.cdf(29.5), ages.sf(old_age - 0.5)
+            expected = np.zeros((3, 2, 3))
+            expected[photo.mask, photo.gender] = young, 1 - young - old, old
+            assert row.numpy() == pytest.approx(expected.ravel(), abs=1e-6)
+    hard = soft_targets(photos)  # mask * 6 + gender * 3 + age band
+    assert hard.argmax(1).tolist() == [0, 9, 16, 1, 11, 14] and hard.sum() == hard.max(1).values.sum() == 6
+    assert soft_targets(photos, old_age=58).argmax(1).tolist() == [0, 9, 16, 2, 11, 14]
 
 
 def test_labels_are_never_read_from_images(dataset):

@@ -45,18 +45,6 @@ def test_checkpoint_is_a_timm_folder_and_rebuilds_itself(name, head, tmp_path):
     assert tuple(config["size"]) == SIZE
 
 
-@pytest.mark.parametrize("head", ["flat", "factored"])
-def test_years_are_trained_beside_the_classes_and_cost_inference_nothing(head, tmp_path):
-    model = create_model("test_efficientnet", SIZE, head, num_years=101)
-    photos = torch.randn(2, 3, *SIZE)
-    assert model.train()(photos).shape == (2, 18 + 101)
-    logits = model.eval()(photos)
-    folder = save(model, "test_efficientnet", tmp_path)
-    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert logits.shape == (2, 18) and torch.allclose(theirs(photos), logits, atol=1e-5)
-    assert set(inference_state(model)) == set(create_model("test_efficientnet", SIZE).state_dict())
-
-
 def test_factored_head_is_the_sum_of_its_parts():
     head = FactoredHead(5)
     features = torch.randn(4, 5)

@@ -46,8 +46,7 @@ def test_validation_batch_size_changes_no_metric(command, dataset, tmp_path, tra
         assert a.pop("class_f1") == pytest.approx(b.pop("class_f1"), abs=1e-6) and a == pytest.approx(b, abs=1e-5)
 
 
-@pytest.mark.parametrize("flags", [[], ["--accumulation_steps", "2", "--criterion", "focal_f1", "--class_weights", "sqrt",
-                                        "--age_weight", "0.3"]])
+@pytest.mark.parametrize("flags", [[], ["--accumulation_steps", "2", "--criterion", "focal_f1", "--class_weights", "sqrt"]])
 def test_resuming_ends_with_the_same_files(command, dataset, tmp_path, flags):
     # 9 or 5 steps an epoch, an evaluation every 4: the run goes on in the middle of an epoch
     flags = [*flags, "--epochs", "2", "--eval_steps", "4", "--dropout", "0.3"]
