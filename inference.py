@@ -51,12 +51,14 @@ def main(argv=None):
     print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
           f"{', '.join(map(str, checkpoints))}")
 
-    probabilities = np.zeros((len(photos), NUM_CLASSES))
+    probabilities, answers = np.zeros((len(photos), NUM_CLASSES)), []
     for (model, config), weight in zip(members, weights / weights.sum(), strict=True):
         dataset = MaskDataset(photos[["path"]], Geometry(config["size"], config["crop"]))
         loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
         model.to(device, memory_format=torch.channels_last)
-        probabilities += weight * infer(model, loader, (config["mean"], config["std"]), device, args.tta, args.amp)
+        own = infer(model, loader, (config["mean"], config["std"]), device, args.tta, args.amp)
+        probabilities += weight * own
+        answers.append(own.argmax(axis=1))
 
     predictions = probabilities.argmax(axis=1)
     table = pd.DataFrame({"ImageID": photos.ImageID, "ans": predictions})
@@ -65,6 +67,8 @@ def main(argv=None):
         print(table.head(10).to_string(index=False))
     check_predictions(table, photos, probabilities)
     print(histogram(predictions, members[0][1].get("class_counts")))
+    for checkpoint, answer in zip(checkpoints, answers, strict=True) if len(members) > 1 else []:
+        print(f"{checkpoint} differs from the vote on {(answer != predictions).mean():.1%} of the photos")
     if args.save_probs:
         columns = pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)])
         write_csv(pd.concat([photos[["ImageID"]], columns], axis=1), args.save_probs)

@@ -24,7 +24,7 @@ FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ["OMP_NUM_THREADS"] = "1"
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "inference", "f1", "torch.utils.tensorboard", "matplotlib.figure"])
+context.set_forkserver_preload(["train", "inference", "f1", "ensemble", "torch.utils.tensorboard", "matplotlib.figure"])
 
 
 def make_people(n, seed=0):

@@ -69,10 +69,12 @@ def test_ensemble_of_two_backbones_at_two_sizes_is_the_weighted_mean(command, tr
     flags = [*FAST, "--model", "test_vit", "--resize", "48", "32", "--crop", "0.8", "0.9", "--epochs", "1"]
     assert command("train", "--data_dir", dataset, *flags, "--output_dir", "vit").returncode == 0
     for name, flags in [("a", [trained]), ("b", ["vit"]), ("ab", [trained, "vit", "--model_weights", "1", "3"])]:
-        predict(command, "--model_dir", *flags, "--save_probs", f"{name}.csv", "--output", f"s{name}.csv")
+        out = predict(command, "--model_dir", *flags, "--save_probs", f"{name}.csv", "--output", f"s{name}.csv")
     a, b, ab = (probabilities(tmp_path / f"{name}.csv") for name in ("a", "b", "ab"))
     assert np.abs((a + 3 * b) / 4 - ab).to_numpy().max() < 1e-6
     assert pd.read_csv(tmp_path / "sab.csv")["ans"].tolist() == ab.to_numpy().argmax(1).tolist()
+    for member in (a, b):
+        assert f"differs from the vote on {(member.to_numpy().argmax(1) != ab.to_numpy().argmax(1)).mean():.1%} of" in out
 
 
 def test_any_folder_of_photos_gives_a_readable_table(command, trained, tmp_path):
