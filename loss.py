@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import NUM_CLASSES
+from dataset import AGES, GENDERS, NUM_CLASSES
 from errors import InputError
+
+NUM_GROUPS = len(GENDERS) * len(AGES)
 
 
 class CrossEntropyLoss(nn.Module):
@@ -77,6 +79,28 @@ class SumLoss(nn.Module):
 
     def forward(self, logits, targets):
         return sum(loss(logits, targets) for loss in self.losses)
+
+
+class LogitAdjustedLoss(nn.Module):
+    """A loss of logits + tau x log prior, so that the logits by themselves favour rare people (Menon et al. 2021, eq. 10).
+
+    The prior of a class is the share of its gender x age group: how masks are worn is easy to see, and needs no help.
+
+    Args:
+        loss: of logits (B, 18) and targets (B, 18).
+        labels: integer array (N,) of 0..17 of the training photos.
+        tau: 0 is the loss as it is, 1 aims at the mean of the classes' accuracies; macro F1 lies between.
+    """
+
+    def __init__(self, loss, labels, tau):
+        super().__init__()
+        self.loss = loss
+        groups = np.maximum(np.bincount(labels % NUM_GROUPS, minlength=NUM_GROUPS), 1)
+        adjustment = tau * np.log(groups / groups.sum())[np.arange(NUM_CLASSES) % NUM_GROUPS]
+        self.register_buffer("adjustment", torch.tensor(adjustment, dtype=torch.float32))
+
+    def forward(self, logits, targets):
+        return self.loss(logits + self.adjustment, targets)
 
 
 # name -> function of (class weights or None, label smoothing, focal gamma)
