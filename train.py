@@ -61,7 +61,7 @@ log = logging.getLogger("mask")
 DATASET_DEFAULTS = {
     # Small drawn photos, from scratch, in minutes on two cores.
     "sample": {"resize": [80, 60], "crop": [0.85, 0.85], "augmentation": "flip", "weights": "none", "epochs": 4,
-               "batch_size": 16, "lr": 1e-3},
+               "batch_size": 16},
     # The competition's own photos show a head in their middle, and everyone who is old is labelled 60 beside many of 57 to 59.
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
@@ -347,7 +347,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--fold", type=int, default=0, help="the fold to hold out, from 0")
     parser.add_argument("--fix_labels", action=BooleanOptionalAction, default=True, help="mend the original dataset's wrong labels")
     parser.add_argument("--resize", nargs=2, type=int, default=[384, 288], metavar=("H", "W"), help="input size in pixels")
-    parser.add_argument("--crop", nargs=2, type=float, default=[1.0, 1.0], metavar=("H", "W"), help="centre crop, as fractions")
+    parser.add_argument("--crop", nargs=2, type=float, default=[0.8, 0.95], metavar=("H", "W"), help="centre crop, as fractions")
     parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="base", help="random changes in training")
     parser.add_argument("--sampler", choices=SAMPLERS, default="sqrt", help="draw rare gender x age groups more often")
     # model
@@ -368,7 +368,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--batch_size", type=int, default=32, help="training photos to a batch")
     parser.add_argument("--accumulation_steps", type=int, default=1, help="batches to an optimizer step")
     parser.add_argument("--optimizer", default="adamw", help="adamw, sgd, or another of timm's")
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--weight_decay", type=float, default=0.05, help="not on norms and biases")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
     parser.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
