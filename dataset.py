@@ -453,32 +453,6 @@ class EpochSampler:
             yield draws[edges[batch]:edges[batch + 1]]
 
 
-def half_face_cutmix(images, targets, probability, same=False):
-    """Paste the left or right half of another face of the batch over half of each, labels half and half.
-
-    CutMix (Yun et al. 2019) along the vertical midline, so that either half stays a face. Draws come from torch's generator.
-
-    Args:
-        images: (B, 3, H, W).
-        targets: (B, 18) distributions over the classes.
-        probability: of mixing the batch at all.
-        same: the other face is of the same gender and mask state, so that only ages are mixed.
-
-    Returns:
-        (images, targets), mixed or as they were.
-    """
-    if torch.rand(()) >= probability:
-        return images, targets
-    labels = targets.argmax(1)
-    group = labels % (len(GENDERS) * len(AGES))
-    weights = torch.bincount(group)[group].float() ** -0.5  # the other half comes rather from a rare group
-    kinds = labels // len(AGES) if same else torch.zeros_like(labels)
-    partner = torch.multinomial((kinds[:, None] == kinds) * weights, 1).squeeze(1)
-    left = torch.arange(images.shape[3], device=images.device) < images.shape[3] // 2
-    pasted = left == (torch.rand(len(images), 1, 1, 1) < 0.5).to(images.device)
-    return torch.where(pasted, images[partner], images), (targets + targets[partner]) / 2
-
-
 def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
     """A DataLoader of uint8 batches whose workers stay alive: in order for validation, or by an EpochSampler."""
     batching = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}

@@ -41,7 +41,6 @@ from dataset import (
     MaskDataset,
     create_loader,
     find_part,
-    half_face_cutmix,
     normalize,
     read_train,
     soft_targets,
@@ -139,7 +138,6 @@ def main(argv=None):
     board.add_image("inputs/augmented", inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png"), 0, dataformats="HWC")
 
     def backward(images, targets, share):
-        images, targets = half_face_cutmix(images, targets, args.cutmix, args.cutmix_same)
         images, targets = normalize(images, *statistics, device), targets.to(device, non_blocking=True)
         with autocast(device, args.amp):
             logits = model(images)
@@ -351,8 +349,6 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--resize", nargs=2, type=int, default=[384, 288], metavar=("H", "W"), help="input size in pixels")
     parser.add_argument("--crop", nargs=2, type=float, default=[0.8, 0.95], metavar=("H", "W"), help="centre crop, as fractions")
     parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="base", help="random changes in training")
-    parser.add_argument("--cutmix", type=float, default=0.0, help="share of the batches whose faces are mixed half and half")
-    parser.add_argument("--cutmix_same", action="store_true", help="of two people of one gender and mask state")
     parser.add_argument("--sampler", choices=SAMPLERS, default="sqrt", help="draw rare gender x age groups more often")
     # model
     parser.add_argument("--model", default="efficientnet_b4", help="a name in model.py's MODELS, or any timm name")
@@ -400,8 +396,7 @@ def check_args(args):
     """InputError for a value out of range, or flags that contradict each other."""
     for names, low, high in [
         ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
-        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1),
-        ("cutmix", 0, 1.01), ("crop", 0.05, 1.01),
+        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
         ("weight_decay gamma age_sigma logit_adjustment clip_grad patience seed", 0, None),
         ("lr", 1e-12, None), ("old_age", 50, 71), ("num_workers", -1, None),
     ]:

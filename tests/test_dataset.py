@@ -20,7 +20,6 @@ from dataset import (
     create_loader,
     decode,
     encode,
-    half_face_cutmix,
     read_eval,
     read_image,
     read_train,
@@ -299,16 +298,3 @@ def test_too_few_people():
         split_people(people_table(3), n_folds=5, fold=0)
     with pytest.raises(InputError, match="too few for --val_ratio"):
         split_people(people_table(2), val_ratio=0.2)
-
-
-def test_half_faces_carry_half_the_label():
-    images = torch.arange(6).view(6, 1, 1, 1).expand(6, 3, 2, 4)
-    targets = torch.eye(18)[[0, 1, 2, 6, 0, 3]]
-    mixed, labels = half_face_cutmix(images, targets, 1.0)
-    for i, (image, label) in enumerate(zip(mixed, labels, strict=True)):
-        halves = {image[0, 0, 0].item(), image[0, 0, 3].item()}
-        assert i in halves and (image[0, 0, :2] == image[0, 0, 0]).all() and (image[0, 0, 2:] == image[0, 0, 3]).all()
-        assert torch.equal(label, torch.stack([targets[j] for j in halves]).mean(0)) or len(halves) == 1
-    _, labels = half_face_cutmix(images, targets, 1.0, same=True)
-    assert torch.equal(labels.view(6, 6, 3).sum(2), targets.view(6, 6, 3).sum(2))  # gender and mask state stay whole
-    assert half_face_cutmix(images, targets, 0.0)[0] is images
