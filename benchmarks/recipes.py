@@ -10,6 +10,7 @@ again, and a stopped one goes on from its last checkpoint. OUT/results.csv is wr
 """
 import argparse
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -42,6 +43,20 @@ RECIPES = {
 }
 # name -> members, of equal weight
 ENSEMBLES = {"ensemble": ["loss-weight", "vgg11-tuned", "resnet"]}
+# Ours without one of its parts, to see what that part is worth; and ours as the mean of folds of the training people.
+ABLATION = {
+    "no-crop": "--crop 1 1",
+    "no-soft-ages": "--age_sigma 0",
+    "no-adjustment": "--logit_adjustment 0",
+    "no-sampler": "--sampler none",
+    "no-augmentation": "--augmentation none",
+    "no-average": "--ema_decay 0",
+    "no-smoothing": "--label_smoothing 0",
+    "flat-head": "--head flat",
+    "no-dropout": "--dropout 0",
+}
+FOLD_ENSEMBLE = "ours-folds"
+ROWS = [*RECIPES, *ENSEMBLES, *ABLATION, FOLD_ENSEMBLE]
 
 
 def main(argv=None):
@@ -49,11 +64,14 @@ def main(argv=None):
     out = Path(args.out)
     data_dir = subset(args.data_dir, args.people, out / "data") if args.people else args.data_dir
     wanted = args.recipes or [*RECIPES, *ENSEMBLES]
-    single = [name for name in RECIPES if name in wanted or any(name in ENSEMBLES.get(other, ()) for other in wanted)]
+    if FOLD_ENSEMBLE in wanted and not data_dir:
+        sys.exit(f"{FOLD_ENSEMBLE} divides a dataset again; pass --data_dir")
+    wanted += [member for name in wanted for member in ENSEMBLES.get(name, ())]
+    single = [name for name in ROWS if name in wanted and name not in ENSEMBLES]
     rows = []
     for seed in args.seeds:
         for name in single:
-            rows.append(score(name, seed, run(name, seed, data_dir, out, args.n_folds, args.set)))
+            rows.append(score(name, seed, run(name, seed, data_dir, out, args.n_folds, args.set, args.members)))
             save(rows, out)
         for name in [name for name in ENSEMBLES if name in wanted]:
             rows.append(score_ensemble(name, seed, [folders(out, member, seed, args.n_folds) for member in ENSEMBLES[name]]))
@@ -73,24 +91,49 @@ def folders(out, name, seed, n_folds):
     return [out / name / f"seed-{seed}" / (f"fold-{fold}" if n_folds else "split") for fold in range(max(n_folds, 1))]
 
 
-def run(name, seed, data_dir, out, n_folds, overrides):
+def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
     """Train a recipe unless it is there already; returns its results folders."""
     for fold, folder in enumerate(folders(out, name, seed, n_folds)):
+        held_out = ["--n_folds", str(n_folds), "--fold", str(fold)] if n_folds else []
+        data = [] if data_dir is None else ["--data_dir", str(data_dir)]
+        flags = [*data, *shlex.split((RECIPES | ABLATION).get(name, "")), *shlex.split(overrides), "--eval_steps", "1000000",
+                 "--seed", str(seed), *held_out]
         record = folder / "recipe.json"
         if record.is_file():
+            if json.loads(record.read_text())["flags"] != flags:
+                sys.exit(f"{folder} holds a run with other flags; pass another --out, or delete it")
             continue
-        command = [sys.executable, str(ROOT / "train.py"), *([] if data_dir is None else ["--data_dir", str(data_dir)]),
-                   *shlex.split(RECIPES[name]), *shlex.split(overrides), "--eval_steps", "1000000", "--seed", str(seed),
-                   *(["--n_folds", str(n_folds), "--fold", str(fold)] if n_folds else []), "--output_dir", str(folder), "--resume"]
-        print(f"{name}, seed {seed}, {folder.name}: {shlex.join(command[2:])}", flush=True)
+        print(f"{name}, seed {seed}, {folder.name}: {shlex.join(flags)}", flush=True)
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed: {done.stderr.strip()}")
-        speeds = [float(speed) for speed in re.findall(r"([\d.]+) images/s", done.stdout)]
-        record.write_text(json.dumps({"command": command[2:], "seconds": time.perf_counter() - started,
-                                      "images_per_second": pd.Series(speeds, dtype=float).median()}))
+        if name == FOLD_ENSEMBLE:
+            speed = run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members)
+        else:
+            stdout = python("train.py", *flags, "--output_dir", folder, "--resume")
+            speed = pd.Series(re.findall(r"([\d.]+) images/s", stdout), dtype=float).median()
+        record.write_text(json.dumps({"flags": flags, "seconds": time.perf_counter() - started, "images_per_second": speed}))
     return folders(out, name, seed, n_folds)
+
+
+def run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members):
+    """Train ours on folds of the training people, and predict the held-out people with the mean; returns images/s."""
+    train_photos, valid_photos = split_people(read_train(data_dir), 0.2, seed, n_folds, fold)
+    members = run("ours", seed, link_people(data_dir, set(train_photos.person), folder / "data"), folder, num_members, overrides)
+    python("inference.py", "--model_dir", *members, "--data_dir", *valid_photos.path, "--output", folder / "predictions.csv",
+           "--save_probs", folder / "probabilities.csv")
+    probabilities = pd.read_csv(folder / "probabilities.csv").rename(columns={"ImageID": "path"})
+    table = valid_photos[["path", "person", "shot", "label"]].merge(probabilities, on="path")
+    table.insert(0, "ImageID", table.person + "/" + table.path.map(os.path.basename))
+    table.insert(1, "ans", table[[f"p{label}" for label in range(18)]].to_numpy().argmax(axis=1))
+    table.drop(columns=["path", "shot"]).to_csv(folder / "valid_predictions.csv", index=False)
+    return pd.Series([json.loads((member / "recipe.json").read_text())["images_per_second"] for member in members]).mean()
+
+
+def python(script, *argv):
+    """Run one of the commands; returns what it prints, or ends with its error."""
+    done = subprocess.run([sys.executable, str(ROOT / script), *map(str, argv)], capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def score(name, seed, results):
@@ -133,12 +176,17 @@ def subset(data_dir, people, folder):
     """A dataset of links to the photos of some people, stratified on gender x age band."""
     photos = read_train(data_dir)
     total = photos.person.nunique()
-    chosen = set(split_people(photos, people / total, seed=0)[1].person) if people < total else set(photos.person)
+    chosen = split_people(photos, people / total, seed=0)[1] if people < total else photos
+    return link_people(data_dir, set(chosen.person), folder)
+
+
+def link_people(data_dir, people, folder):
+    """A dataset of links to the folders of these people."""
     source = find_part(data_dir, "train")
     table = read_table(source / "train.csv", ["id", "gender", "age", "path"])
     (folder / "train" / "images").mkdir(parents=True, exist_ok=True)
-    table[table.path.isin(chosen)].to_csv(folder / "train" / "train.csv", index=False)
-    for person in chosen:
+    table[table.path.isin(people)].to_csv(folder / "train" / "train.csv", index=False)
+    for person in people:
         link = folder / "train" / "images" / person
         if not link.exists():
             link.symlink_to(source / "images" / person)
@@ -148,9 +196,11 @@ def subset(data_dir, people, folder):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir", help="dataset (default: as train.py chooses)")
-    parser.add_argument("--recipes", nargs="+", choices=[*RECIPES, *ENSEMBLES], help="rows to run (default: all)")
+    parser.add_argument("--recipes", nargs="+", choices=ROWS, metavar="ROW",
+                        help=f"rows to run (default: the table's), of {', '.join(ROWS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="seeds, each a whole repetition")
     parser.add_argument("--n_folds", type=int, default=0, help="pool the held-out people of this many folds; 0: one split")
+    parser.add_argument("--members", type=int, default=5, help=f"folds of {FOLD_ENSEMBLE}")
     parser.add_argument("--people", type=int, help="use only so many people")
     parser.add_argument("--set", default="", metavar="FLAGS", help="flags of train.py that override every recipe's")
     parser.add_argument("--out", default="results-recipes", help="folder of the runs and of results.csv")
