@@ -4,9 +4,8 @@ import shlex
 
 import pandas as pd
 from conftest import FAST, ROOT
-from test_end_to_end import python
 
-from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command
+from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command, main
 from inference import parse_args as parse_inference_args
 from train import parse_args as parse_train_args
 
@@ -24,14 +23,16 @@ def test_the_readme_shows_the_commands_that_are_run():
         parse_inference_args(shlex.split(shown[name])[2:])
 
 
-def test_rows_run_once_and_the_mean_of_folds_is_scored_on_people_that_no_fold_has_seen(tmp_path, dataset):
-    recipes = ["-m", "benchmarks.recipes", "--data_dir", dataset, "--recipes", "ours-folds", "--members", "2",
-               "--set", shlex.join([*FAST, "--epochs", "1"]), "--out", tmp_path / "out"]
-    assert "ours-folds, seed 1, split:" in python(*recipes, cwd=ROOT)
+def test_rows_run_once_and_the_mean_of_folds_is_scored_on_people_that_no_fold_has_seen(tmp_path, dataset, capsys):
+    recipes = ["--data_dir", str(dataset), "--recipes", "ours-folds", "--members", "2",
+               "--set", shlex.join([*FAST, "--epochs", "1"]), "--out", str(tmp_path / "out")]
+    main(recipes)
+    assert "ours-folds, seed 1, split:" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out/results.csv")
     assert table.recipe.tolist() == ["ours-folds"] and table.people.item() == 5
     split = tmp_path / "out/ours-folds/seed-1/split"
     held_out = set(pd.read_csv(split / "valid_predictions.csv").person)
     one, other = (set(pd.read_csv(split / f"ours/seed-1/fold-{k}/valid_predictions.csv").person) for k in range(2))
     assert len(held_out) == 5 and len(one | other) == 19 and not one & other and not held_out & (one | other)
-    assert "seed 1" not in python(*recipes, cwd=ROOT)
+    main(recipes)
+    assert "seed 1" not in capsys.readouterr().out
