@@ -231,9 +231,13 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
 
 
 def evaluate(model, loader, photos, statistics, device, amp):
-    """Predict the validation photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
+    """Predict the validation photos: the table of `tabulate`."""
     model.eval()
-    probabilities = infer(model, loader, statistics, device, amp=amp)
+    return tabulate(photos, infer(model, loader, statistics, device, amp=amp))
+
+
+def tabulate(photos, probabilities):
+    """Predictions of labelled photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
     ids = photos.person + "/" + photos.path.map(os.path.basename)
     table = pd.DataFrame({"ImageID": ids, "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
     return table.join(pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)]))

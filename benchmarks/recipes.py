@@ -10,7 +10,6 @@ again, and a stopped one goes on from its last checkpoint. OUT/results.csv is wr
 """
 import argparse
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -21,7 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 from dataset import find_part, read_table, read_train, split_people
+from ensemble import read_members
 from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled
+from train import tabulate
 
 ROOT = Path(__file__).parent.parent
 STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0"  # none of our ideas
@@ -98,9 +99,10 @@ def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
         data = [] if data_dir is None else ["--data_dir", str(data_dir)]
         flags = [*data, *shlex.split((RECIPES | ABLATION).get(name, "")), *shlex.split(overrides), "--eval_steps", "1000000",
                  "--seed", str(seed), *held_out]
+        made_with = [*flags, f"{num_members} members"] if name == FOLD_ENSEMBLE else flags
         record = folder / "recipe.json"
         if record.is_file():
-            if json.loads(record.read_text())["flags"] != flags:
+            if json.loads(record.read_text())["flags"] != made_with:
                 sys.exit(f"{folder} holds a run with other flags; pass another --out, or delete it")
             continue
         print(f"{name}, seed {seed}, {folder.name}: {shlex.join(flags)}", flush=True)
@@ -110,7 +112,7 @@ def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
         else:
             stdout = python("train.py", *flags, "--output_dir", folder, "--resume")
             speed = pd.Series(re.findall(r"([\d.]+) images/s", stdout), dtype=float).median()
-        record.write_text(json.dumps({"flags": flags, "seconds": time.perf_counter() - started, "images_per_second": speed}))
+        record.write_text(json.dumps({"flags": made_with, "seconds": time.perf_counter() - started, "images_per_second": speed}))
     return folders(out, name, seed, n_folds)
 
 
@@ -120,11 +122,8 @@ def run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_memb
     members = run("ours", seed, link_people(data_dir, set(train_photos.person), folder / "data"), folder, num_members, overrides)
     python("inference.py", "--model_dir", *members, "--data_dir", *valid_photos.path, "--output", folder / "predictions.csv",
            "--save_probs", folder / "probabilities.csv")
-    probabilities = pd.read_csv(folder / "probabilities.csv").rename(columns={"ImageID": "path"})
-    table = valid_photos[["path", "person", "shot", "label"]].merge(probabilities, on="path")
-    table.insert(0, "ImageID", table.person + "/" + table.path.map(os.path.basename))
-    table.insert(1, "ans", table[[f"p{label}" for label in range(18)]].to_numpy().argmax(axis=1))
-    table.drop(columns=["path", "shot"]).to_csv(folder / "valid_predictions.csv", index=False)
+    probabilities = pd.read_csv(folder / "probabilities.csv", index_col="ImageID").loc[valid_photos.path].to_numpy()
+    tabulate(valid_photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)
     return pd.Series([json.loads((member / "recipe.json").read_text())["images_per_second"] for member in members]).mean()
 
 
@@ -146,10 +145,8 @@ def score(name, seed, results):
 
 def score_ensemble(name, seed, members):
     """The row of a soft vote: the mean of the members' probabilities for the same held-out photos."""
-    tables = [read_pooled(results) for results in members]
-    columns = [f"p{label}" for label in range(18)]
-    mean = sum(table[columns].astype(float).reindex(tables[0].index) for table in tables) / len(tables)
-    return row(name, seed, tables[0].assign(ans=mean.to_numpy().argmax(axis=1)), None, None)
+    table, probabilities = read_members(members)
+    return row(name, seed, table.assign(ans=probabilities.mean(axis=0).argmax(axis=1)), None, None)
 
 
 def row(name, seed, pooled, seconds, speed):
