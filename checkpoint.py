@@ -27,7 +27,7 @@ except ImportError:  # Windows, where a folder is not locked
 
 from dataset import CLASS_NAMES, NUM_CLASSES
 from errors import InputError
-from model import create_model, inference_state, input_statistics, model_args
+from model import TTA, create_model, inference_state, input_statistics, model_args
 
 log = logging.getLogger("mask")
 
@@ -35,12 +35,13 @@ OUR_KEY = "mask_classification"
 KEPT_TRAINING_STATES = 2
 
 
-def model_config(model, name, geometry, dataset):
+def model_config(model, name, geometry, tta, dataset):
     """The config.json of a model: timm's format, and what inference needs under "mask_classification".
 
     Args:
         model: as built by `create_model` for `name`.
         geometry: the `Geometry` it is trained with.
+        tta: the views that its evaluation averages, "none" or "hflip".
         dataset: JSON-able facts about the training data (class counts, where its eval part is).
     """
     mean, std = input_statistics(model)
@@ -52,8 +53,8 @@ def model_config(model, name, geometry, dataset):
     if hasattr(model, "num_features"):
         config["num_features"] = model.num_features
     config |= {"label_names": CLASS_NAMES, "model_args": model_args(name, geometry.size), "pretrained_cfg": cfg}
-    return config | {OUR_KEY: {"model": name, "size": geometry.size, "crop": geometry.crop, "mean": mean, "std": std,
-                               "classes": CLASS_NAMES, **dataset}}
+    return config | {OUR_KEY: {"model": name, "size": geometry.size, "crop": geometry.crop, "tta": tta, "mean": mean,
+                               "std": std, "classes": CLASS_NAMES, **dataset}}
 
 
 def check_output_dir(output_dir, resumes, overwrites, argv):
@@ -221,7 +222,7 @@ def load_model(folder):
     """The model of a checkpoint in evaluation mode, on the CPU, and our part of its config.json.
 
     Returns:
-        (model, config): config has size, crop, mean, std, classes and what `model_config` was told of the dataset.
+        (model, config): config has size, crop, tta, mean, std, classes and what `model_config` was told of the dataset.
 
     Raises:
         InputError: for a half-written or damaged checkpoint, another format, or another number of classes.
@@ -233,9 +234,10 @@ def load_model(folder):
         raise InputError(f"{folder / 'config.json'}: no {OUR_KEY!r} in it; expected a checkpoint written by train.py")
     if config.get("num_classes") != NUM_CLASSES:
         raise InputError(f"{folder / 'config.json'}: {config.get('num_classes')} classes; expected {NUM_CLASSES}")
-    if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), n) for key, n in
-                                                       [("size", 2), ("crop", 2), ("mean", 3), ("std", 3)])):
-        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean and std under {OUR_KEY!r}")
+    numbers = {"size": 2, "crop": 2, "mean": 3, "std": 3}
+    if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), n) for key, n in numbers.items())
+            and ours.get("tta") in TTA):
+        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std and tta under {OUR_KEY!r}")
     state = read_weights(folder / "model.safetensors")
     model = create_model(ours["model"], ours["size"], weights="none")
     own = model.state_dict()

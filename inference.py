@@ -2,9 +2,9 @@
 
     python inference.py --model_dir=./results/checkpoint-500                 # the eval part of the data it was trained on
     python inference.py --model_dir=./results --data_dir my_photos/          # any photos, with readable classes
-    python inference.py --model_dir results/fold-0 results/fold-1 --tta hflip
+    python inference.py --model_dir results/fold-0 results/fold-1           # the mean of several
 
-Model, input size, crop, normalization and classes come from the checkpoint.
+Model, input size, crop, mirroring, normalization and classes come from the checkpoint.
 """
 import os
 import shlex
@@ -33,6 +33,7 @@ from dataset import (
     read_eval,
 )
 from errors import ArgumentParser, InputError, run
+from model import TTA
 
 
 def main(argv=None):
@@ -56,7 +57,7 @@ def main(argv=None):
         dataset = MaskDataset(photos[["path"]], Geometry(config["size"], config["crop"]))
         loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
         model.to(device, memory_format=torch.channels_last)
-        own = infer(model, loader, (config["mean"], config["std"]), device, args.tta, args.amp)
+        own = infer(model, loader, (config["mean"], config["std"]), device, args.tta or config["tta"], args.amp)
         probabilities += weight * own
         answers.append(own.argmax(axis=1))
 
@@ -204,7 +205,7 @@ def parse_args(argv=None):
     # what to predict with
     parser.add_argument("--model_dir", nargs="+", required=True, help="checkpoint-N or results folders; several are an ensemble")
     parser.add_argument("--model_weights", nargs="+", type=float, help="weight of each --model_dir in the mean (default: equal)")
-    parser.add_argument("--tta", choices=["none", "hflip"], default="none", help="average over the photo and its mirror image")
+    parser.add_argument("--tta", choices=TTA, help="hflip averages over the photo and its mirror image (default: as in training)")
     # what to predict, and where to
     parser.add_argument("--data_dir", nargs="+", help="dataset, photo folder or files (default: the checkpoint's eval part)")
     parser.add_argument("--output", help="csv to write (default: submission.csv; predictions.csv for photos without an info.csv)")

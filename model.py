@@ -60,6 +60,7 @@ MODELS = {
     "vgg19": vgg19,
 }
 HEADS = ("flat", "factored")
+TTA = ("none", "hflip")  # of which views of a photo the mean is predicted
 
 
 def create_model(name, size, head="flat", weights="none", dropout=0.0):

@@ -50,7 +50,7 @@ from errors import ArgumentParser, InputError, run
 from f1 import attribute_f1, class_f1, macro_f1
 from inference import autocast, choose_device, choose_workers, infer
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss
-from model import HEADS, create_model, input_statistics
+from model import HEADS, TTA, create_model, input_statistics
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
 from sample_data import draw_sample_dataset
@@ -111,7 +111,7 @@ def main(argv=None):
                                   and not torch.cuda.is_bf16_supported())
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
     inference_model = ema.module if ema else model
-    config = model_config(model, args.model, geometry, {
+    config = model_config(model, args.model, geometry, args.tta, {
         "class_counts": np.bincount(labels, minlength=NUM_CLASSES).tolist(), **record_data(data_dir)})
 
     # where it goes, and where it goes on
@@ -183,7 +183,7 @@ def main(argv=None):
                 check_weights(model, inference_model, step, rate)
                 predictions = None
                 if len(valid_photos):
-                    predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.amp)
+                    predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.tta, args.amp)
                     metrics |= score(predictions)
                 state["history"].append(metrics)
                 update_best(state)
@@ -230,10 +230,10 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         yield step, loss, photos
 
 
-def evaluate(model, loader, photos, statistics, device, amp):
+def evaluate(model, loader, photos, statistics, device, tta, amp):
     """Predict the validation photos: the table of `tabulate`."""
     model.eval()
-    return tabulate(photos, infer(model, loader, statistics, device, amp=amp))
+    return tabulate(photos, infer(model, loader, statistics, device, tta, amp))
 
 
 def tabulate(photos, probabilities):
@@ -377,6 +377,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
     parser.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="average of the weights, evaluated and saved; 0: none")
+    parser.add_argument("--tta", choices=TTA, default="hflip", help="evaluate and predict the mean of a photo and its mirror image")
     parser.add_argument("--patience", type=int, default=0, help="stop after this many evaluations without a better one; 0: never")
     # run
     parser.add_argument("--eval_steps", type=int, default=500, help="optimizer steps between evaluations, each with a checkpoint")

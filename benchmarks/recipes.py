@@ -25,7 +25,7 @@ from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled
 from train import tabulate
 
 ROOT = Path(__file__).parent.parent
-STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0"  # none of our ideas
+STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none"  # none of our ideas
 PLAIN = f"{STOCK} --augmentation none --criterion cross_entropy --sampler none"
 UNTUNED = "--resize 128 96 --lr 1e-3 --dropout 0"  # small photos, the first rate tried
 
@@ -52,6 +52,7 @@ ABLATION = {
     "no-sampler": "--sampler none",
     "no-augmentation": "--augmentation none",
     "no-average": "--ema_decay 0",
+    "no-mirror": "--tta none",
     "no-smoothing": "--label_smoothing 0",
     "flat-head": "--head flat",
     "no-dropout": "--dropout 0",
