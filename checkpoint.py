@@ -5,9 +5,11 @@
                            trainer_state.json      step, epoch, best so far, history of metrics, the flags
                            valid_predictions.csv   ImageID, person, label, ans and 18 probabilities of each validation photo
                            training_state.pt       what only resuming needs; kept for the last two checkpoints
+                           SHA256SUMS              of the files above, as `sha256sum -c` reads it
 
 For a timm architecture `timm.create_model("local-dir:results/checkpoint-500", pretrained=True)` gives the same model.
 """
+import hashlib
 import json
 import logging
 import os
@@ -33,6 +35,7 @@ log = logging.getLogger("mask")
 
 OUR_KEY = "mask_classification"
 KEPT_TRAINING_STATES = 2
+CHECKSUMS = "SHA256SUMS"
 
 
 def model_config(model, name, geometry, tta, dataset):
@@ -74,6 +77,8 @@ def check_output_dir(output_dir, resumes, overwrites, argv):
 def lock_output_dir(output_dir):
     """Make the results folder this process's own until it ends, however it ends; the open file must be kept.
 
+    What a killed run had begun to write goes.
+
     Raises:
         InputError: if another run is in it.
     """
@@ -81,33 +86,35 @@ def lock_output_dir(output_dir):
     handle = open(output_dir / ".lock", "w")  # noqa: SIM115
     try:
         if fcntl:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+            # Not flock, whose lock a killed run's loader processes, which live on for seconds, would still hold.
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         handle.close()
         raise InputError(f"--output_dir {output_dir}: another run is writing in it; wait for it, or pass another "
                          f"--output_dir") from None
+    for folder in output_dir.glob(".checkpoint-*.tmp"):
+        shutil.rmtree(folder)
     return handle
 
 
 def delete_run(output_dir):
     """Remove what a run wrote into its results folder, and nothing else."""
-    for folder in [*list_checkpoints(output_dir), output_dir / "tensorboard"]:
+    for folder in [*list_checkpoints(output_dir), *output_dir.glob("damaged-checkpoint-*"), output_dir / "tensorboard"]:
         shutil.rmtree(folder, ignore_errors=True)
     for name in ("log.jsonl", "valid_predictions.csv", "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png"):
         (output_dir / name).unlink(missing_ok=True)
 
 
 def resume(output_dir, state):
-    """Fill `state` from the last checkpoint and return its training state, or None if there is no checkpoint yet.
+    """Fill `state` from the last whole checkpoint and return its training state, or None if there is no checkpoint yet.
 
     Raises:
-        InputError: if a flag differs that would change what was already computed.
+        InputError: if a flag differs that would change what was already computed, or no checkpoint is whole.
     """
-    checkpoints = list_checkpoints(output_dir)
-    if not checkpoints:
+    if not list_checkpoints(output_dir):
         log.info(f"nothing to resume in {output_dir} yet: starting from step 0")
         return None
-    before = read_trainer_state(checkpoints[-1])
+    folder, before, training_state = last_whole_checkpoint(output_dir)
     for key, value in state["args"].items():
         if key != "epochs" and before["args"].get(key) != value:
             raise InputError(f"--resume: this run had {as_flag(key, before['args'].get(key))}, and {as_flag(key, value)} would "
@@ -118,10 +125,35 @@ def resume(output_dir, state):
     epochs = before["args"].get("epochs")
     if epochs != state["args"]["epochs"]:
         log.info(f"--epochs was {epochs} and is now {state['args']['epochs']}: the schedule changes from here")
-    training_state = read_training_state(checkpoints[-1])
     state |= {key: before[key] for key in ("step", "epoch", "best_step", "best_macro_f1", "history")}
-    log.info(f"resuming from {checkpoints[-1]}")
+    log.info(f"resuming from {folder}")
     return training_state
+
+
+def last_whole_checkpoint(output_dir):
+    """(folder, trainer state, training state) of the last checkpoint whose files are what was written.
+
+    Broken ones after it are named and set aside as damaged-checkpoint-<step>, so that nothing takes them for the newest.
+
+    Raises:
+        InputError: if there is none.
+    """
+    broken = {}
+    for folder in reversed(list_checkpoints(output_dir)):
+        try:
+            verify(folder)
+            found = folder, read_trainer_state(folder), read_training_state(folder)
+        except InputError as error:
+            broken[folder] = error
+            continue
+        for other, error in broken.items():
+            log.warning(f"warning: {error}; passed over, and kept as damaged-{other.name}")
+            aside = other.with_name(f"damaged-{other.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            other.rename(aside)
+        return found
+    raise InputError(f"--resume: no checkpoint in {output_dir} is whole ({next(iter(broken.values()))}); pass --overwrite to begin "
+                     f"again")
 
 
 def as_flag(key, value):
@@ -141,7 +173,7 @@ def save_checkpoint(output_dir, model, config, trainer_state, predictions, train
         model: the one inference will use.
         config: from `model_config`.
         trainer_state: JSON-able, with "step"; no timings, so that equal runs have equal files.
-        predictions: DataFrame for valid_predictions.csv, or None.
+        predictions: DataFrame for valid_predictions.csv, or None where nothing was evaluated.
         training_state: what only resuming needs; tensors, numbers and containers of them.
 
     Returns:
@@ -160,10 +192,9 @@ def save_checkpoint(output_dir, model, config, trainer_state, predictions, train
         if predictions is not None:
             predictions.to_csv(temporary / "valid_predictions.csv", index=False, float_format="%.6f")
         _save_tensors(training_state, temporary / "training_state.pt")
+        write_checksums(temporary)
         for file in [*temporary.iterdir(), temporary]:
             _flush(file)
-        if final.exists():
-            shutil.rmtree(final)
         temporary.rename(final)
         _flush(final.parent)
     except BaseException:
@@ -172,18 +203,29 @@ def save_checkpoint(output_dir, model, config, trainer_state, predictions, train
     return final
 
 
+def write_checksums(folder):
+    """Write a checkpoint's SHA256SUMS anew; for one that was edited on purpose."""
+    files = sorted(path for path in Path(folder).iterdir() if path.name != CHECKSUMS)
+    (folder / CHECKSUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+
+
 def write_json(path, value):
     Path(path).write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def prune_checkpoints(output_dir, keep_last):
-    """Remove all but the last `keep_last` checkpoints and the best; keep what only resuming needs for the last two."""
+    """Remove all but the last `keep_last` checkpoints and the best; keep what only resuming needs for the last two.
+
+    A checkpoint of a run that was stopped between evaluations goes as soon as there is a newer one.
+    """
     checkpoints = list_checkpoints(output_dir)
-    best = read_trainer_state(checkpoints[-1])["best_step"]
-    for folder in checkpoints[:-keep_last]:
-        if step_of(folder) != best:
+    state = read_trainer_state(checkpoints[-1])
+    evaluated = {metrics["step"] for metrics in state["history"]}
+    for folder in checkpoints[:-1]:
+        is_recent = folder in checkpoints[-keep_last:]
+        if step_of(folder) not in evaluated or not (is_recent or step_of(folder) == state["best_step"]):
             shutil.rmtree(folder)
-    for folder in checkpoints[:-KEPT_TRAINING_STATES]:
+    for folder in list_checkpoints(output_dir)[:-KEPT_TRAINING_STATES]:
         (folder / "training_state.pt").unlink(missing_ok=True)
 
 
@@ -238,6 +280,8 @@ def load_model(folder):
     if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), n) for key, n in numbers.items())
             and ours.get("tta") in TTA):
         raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std and tta under {OUR_KEY!r}")
+    if (folder / CHECKSUMS).is_file():  # a copy for inference may lack it, as may an edited config.json its sum
+        verify(folder, ["model.safetensors"])
     state = read_weights(folder / "model.safetensors")
     model = create_model(ours["model"], ours["size"], weights="none")
     own = model.state_dict()
@@ -247,6 +291,22 @@ def load_model(folder):
                          f"expected the weights of config.json's architecture")
     model.load_state_dict(state)
     return model.eval(), ours
+
+
+def verify(folder, names=()):
+    """Compare a checkpoint's files with its SHA256SUMS: those of `names`, or all.
+
+    Raises:
+        InputError: if one is missing, or is not what was written.
+    """
+    try:
+        text = (folder / CHECKSUMS).read_text(errors="replace")
+        sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.M)}
+        for name in names or [*sums, "training_state.pt"]:
+            if _sha256(folder / name) != sums.get(name):
+                raise InputError(f"{folder / name}: damaged, not what was written by its {CHECKSUMS}; use another checkpoint")
+    except FileNotFoundError as error:
+        raise InputError(f"{error.filename}: missing, so the checkpoint is half-written; use another checkpoint") from None
 
 
 def read_weights(path):
@@ -269,15 +329,13 @@ def read_trainer_state(folder):
 
 
 def read_training_state(folder):
-    """What only resuming needs, loaded without running code; InputError if it is missing or damaged."""
+    """What only resuming needs, loaded without running code; InputError if it is damaged."""
     path = Path(folder) / "training_state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path}: missing; only the last {KEPT_TRAINING_STATES} checkpoints can be resumed from") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise InputError(f"{path}: holds something else than tensors, or is damaged ({str(error).splitlines()[0]}); "
-                         f"delete this checkpoint to resume from the one before") from None
+                         f"use another checkpoint") from None
 
 
 def read_json(path):
@@ -295,6 +353,11 @@ def read_json(path):
 
 def _numbers(value, length):
     return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) for x in value)
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _save_tensors(value, path):

@@ -12,6 +12,7 @@ a step are the same for any number of workers, after a resume, and for any order
 import logging
 import os
 import random
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -461,6 +462,9 @@ def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
 
 
 def _start_worker(worker_id):
+    # A signal to the whole process group stops the run at a whole step, for which its workers are still needed.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # One thread a worker: more would only fight with the other workers and the training step.
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ which prints it. `ArgumentParser` gives flags the same voice.
 """
 import argparse
 import errno
+import multiprocessing
 import os
 import sys
 
@@ -35,6 +36,9 @@ def run(main):
             raise
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        for child in multiprocessing.active_children():  # the loader's, which ignore SIGTERM
+            child.kill()
 
 
 def explain(error):
@@ -54,6 +58,8 @@ def explain(error):
         return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"
     if isinstance(error, RuntimeError) and ("shared memory" in text or "bus error" in text.lower()):
         return "too little shared memory for the loader's workers: pass --num_workers 0, or enlarge /dev/shm"
+    if isinstance(error, RuntimeError) and "is killed by signal" in text:
+        return "a loader process was killed, often for lack of memory: lower --num_workers, and go on with --resume"
     return None
 
 

@@ -9,6 +9,8 @@ import hashlib
 import logging
 import math
 import os
+import shlex
+import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -158,8 +160,16 @@ def main(argv=None):
         if ema:
             ema.update(model, step)
 
+    def save(predictions):
+        folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+            "ema": ema.module.state_dict() if ema else None, "losses": torch.stack(losses) if losses else torch.empty(0)})
+        prune_checkpoints(output_dir, args.keep_last)
+        return folder
+
     bar = tqdm(total=total_steps, initial=state["step"], disable=None, unit="step", desc="train")
-    losses, recent, since = [], 0, time.perf_counter()
+    losses = list(training_state["losses"].to(device)) if training_state else []  # since the last evaluation
+    recent, since, stopper = 0, time.perf_counter(), Stopper()
     is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
     if is_over:
         log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
@@ -187,20 +197,38 @@ def main(argv=None):
                     metrics |= score(predictions)
                 state["history"].append(metrics)
                 update_best(state)
-                folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
-                    "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                    "ema": ema.module.state_dict() if ema else None})
-                prune_checkpoints(output_dir, args.keep_last)
-                report_metrics(bar, board, state["history"], folder)
+                report_metrics(bar, board, state["history"], save(predictions))
                 recent, since = 0, time.perf_counter()
                 if is_exhausted(state, args.patience):
                     break
+            elif stopper.signal:
+                finite(losses, step, rate)
+                check_weights(model, inference_model, step, rate)
+                save(None)
+            if stopper.signal and step < total_steps:
+                bar.close()
+                log.info(f"stopped at step {step} of {total_steps}; go on with: {resume_command(argv)}")
+                sys.exit(128 + stopper.signal)
         if is_exhausted(state, args.patience):
             tqdm.write(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
     bar.close()
     finish(state, output_dir, valid_photos, board)
     lock.close()
+
+
+class Stopper:
+    """Notes Ctrl-C and SIGTERM in `signal`, so that the run can end at a whole step; the second one ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.signal = number
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
 
 
 def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step):
@@ -309,6 +337,11 @@ def is_exhausted(state, patience):
 
 
 # --- where the data is, and where the run goes ---
+
+def resume_command(argv):
+    """The command line that goes on with a run begun by `argv`."""
+    return shlex.join(["python", "train.py", *(flag for flag in argv if flag not in ("--resume", "--overwrite")), "--resume"])
+
 
 def choose_data(data_dir):
     """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, which is drawn if need be.

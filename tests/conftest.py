@@ -100,10 +100,16 @@ def trained(dataset, tmp_path_factory):
     return folder / "results"
 
 
-def run_command(name, argv, cwd, env):
+def start_command(name, argv, cwd, env):
+    """(process, files of its stdout and stderr) of a command that goes on by itself."""
     logs = [Path(cwd) / f".{name}.{stream}" for stream in ("out", "err")]
     process = context.Process(target=_child, args=(name, list(map(str, argv)), str(cwd), env, list(map(str, logs))))
     process.start()
+    return process, logs
+
+
+def run_command(name, argv, cwd, env):
+    process, logs = start_command(name, argv, cwd, env)
     process.join(300)
     if process.exitcode is None:
         process.kill()

@@ -11,7 +11,7 @@ from conftest import FAST, make_people, write_train
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from checkpoint import lock_output_dir
+from checkpoint import lock_output_dir, write_checksums
 from errors import InputError, explain
 
 
@@ -183,8 +183,16 @@ def truncated_weights(folder):
     return "damaged"
 
 
+def flipped_bit(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    return "model.safetensors: damaged"
+
+
 def pickle_for_tensors(folder):
     (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    write_checksums(folder)
     return "not a safetensors file"
 
 
@@ -216,8 +224,8 @@ class Bomb:
         return exec, ("open('exploded', 'w').close()",)
 
 
-@pytest.mark.parametrize("spoil", [half_written, truncated_weights, pickle_for_tensors, other_format, no_json, other_classes,
-                                   other_model])
+@pytest.mark.parametrize("spoil", [half_written, truncated_weights, flipped_bit, pickle_for_tensors, other_format, no_json,
+                                   other_classes, other_model])
 def test_checkpoint(command, trained, tmp_path, spoil):
     folder = shutil.copytree(trained / "checkpoint-5", tmp_path / "checkpoint-5")
     says = spoil(folder)
@@ -227,7 +235,9 @@ def test_checkpoint(command, trained, tmp_path, spoil):
 
 def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
     shutil.copytree(trained, tmp_path / "results")
-    torch.save({"model": Bomb()}, tmp_path / "results" / "checkpoint-9" / "training_state.pt")
+    for step in (5, 9):
+        torch.save({"model": Bomb()}, tmp_path / "results" / f"checkpoint-{step}" / "training_state.pt")
+        write_checksums(tmp_path / "results" / f"checkpoint-{step}")
     flags = ["--data_dir", dataset, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
     one_line(command("train", *flags), "training_state.pt", "something else than tensors")
     assert not (tmp_path / "exploded").exists()
@@ -309,6 +319,7 @@ def test_resume_with_another_architecture_under_the_same_name(command, trained, 
     state = torch.load(folder / "training_state.pt", weights_only=True)
     state["model"]["conv_stem.weight"] = torch.zeros(5, 3, 3, 3)
     torch.save(state, folder / "training_state.pt")
+    write_checksums(folder)
     flags = ["--data_dir", dataset, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
     one_line(command("train", *flags), "does not fit --model test_efficientnet", "--output_dir")
 
