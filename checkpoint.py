@@ -101,7 +101,8 @@ def delete_run(output_dir):
     """Remove what a run wrote into its results folder, and nothing else."""
     for folder in [*list_checkpoints(output_dir), *output_dir.glob("damaged-checkpoint-*"), output_dir / "tensorboard"]:
         shutil.rmtree(folder, ignore_errors=True)
-    for name in ("log.jsonl", "valid_predictions.csv", "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png"):
+    for name in ("log.jsonl", "valid_predictions.csv", "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png",
+                 "bad_batch.txt"):
         (output_dir / name).unlink(missing_ok=True)
 
 

@@ -109,8 +109,10 @@ def main(argv=None):
     criterion = create_loss(args.criterion, weight, args.label_smoothing, args.gamma)
     criterion = LogitAdjustedLoss(criterion, labels, args.logit_adjustment).to(device)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp is not False and device.type == "cuda"
-                                  and not torch.cuda.is_bf16_supported())
+    # Skips an update whose gradient is not finite, without making the host wait; it scales for float16 only.
+    is_half = args.amp is not False and device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type != "mps",
+                                  **({} if is_half else {"init_scale": 1.0, "growth_interval": 2**31 - 1}))
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
     inference_model = ema.module if ema else model
     config = model_config(model, args.model, geometry, args.tta, {
@@ -152,13 +154,27 @@ def main(argv=None):
         for group in optimizer.param_groups:
             group["lr"] = rate
         scaler.unscale_(optimizer)
-        if args.clip_grad:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(model, step)
+        return norm.new_zeros(()) if is_half else norm
+
+    def check_losses(step):
+        """The losses since the last evaluation as floats; InputError if one, or a gradient, is not finite."""
+        values = torch.stack(losses).tolist()
+        if not np.isfinite(values).all():
+            bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
+            sampler.set_epoch((bad - 1) // steps_per_epoch, (bad - 1) % steps_per_epoch * args.accumulation_steps)
+            batches = list(islice(sampler, args.accumulation_steps))
+            paths = [train_photos.path[index] for batch in batches for index, _ in batch]
+            (output_dir / "bad_batch.txt").write_text("\n".join(paths) + "\n")
+            rate = learning_rate(bad, total_steps, args.lr, args.warmup)
+            raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate:.2g}; {paths[0]} and "
+                             f"its other photos are in {output_dir / 'bad_batch.txt'}); {NOT_FINITE}")
+        return values
 
     def save(predictions):
         folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
@@ -183,12 +199,12 @@ def main(argv=None):
             state |= {"step": step, "epoch": round(step / steps_per_epoch, 4)}
             rate = learning_rate(step, total_steps, args.lr, args.warmup)
             if step % args.log_interval == 0:
-                value = finite(losses, step, rate)[-args.log_interval:]
+                value = check_losses(step)[-args.log_interval:]
                 speed = recent / (time.perf_counter() - since)
                 report_step(bar, board, step, total_steps, float(np.mean(value)), rate, speed)
                 recent, since = 0, time.perf_counter()
             if step % args.eval_steps == 0 or step == total_steps:
-                metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(finite(losses, step, rate)))}
+                metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(check_losses(step)))}
                 losses = []
                 check_weights(model, inference_model, step, rate)
                 predictions = None
@@ -202,7 +218,7 @@ def main(argv=None):
                 if is_exhausted(state, args.patience):
                     break
             elif stopper.signal:
-                finite(losses, step, rate)
+                check_losses(step)
                 check_weights(model, inference_model, step, rate)
                 save(None)
             if stopper.signal and step < total_steps:
@@ -239,13 +255,13 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         loader: of (images, targets) batches.
         accumulation_steps: batches to an optimizer step.
         backward: (images, targets, share) -> the batch's mean loss times its share of the step; adds its gradients.
-        update_weights: called with the step's number when its gradients are there.
+        update_weights: called with the step's number when its gradients are there; returns their norm as a tensor.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
 
     Yields:
         (step, loss, photos): steps done, the mean loss over the step's photos as a tensor (reading it would make the host
-        wait), and their number.
+        wait; it is not finite if the gradient is not), and their number.
     """
     batches = iter(loader)
     while group := list(islice(batches, accumulation_steps)):
@@ -254,8 +270,8 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
         photos = sum(len(images) for images, _ in group)
         loss = sum(backward(*batch, len(batch[0]) / photos) for batch in group)
-        update_weights(step)
-        yield step, loss, photos
+        norm = update_weights(step)
+        yield step, loss + 0 * norm, photos
 
 
 def evaluate(model, loader, photos, statistics, device, tta, amp):
@@ -302,15 +318,6 @@ def create_optimizer(model, name, lr, weight_decay):
     # one pass over the weights instead of a dozen, where torch has it
     fused = {"fused": True} if name.lower() in ("adamw", "adam", "sgd") else {}
     return timm.optim.create_optimizer_v2(model, opt=name.lower(), lr=lr, weight_decay=weight_decay, momentum=0.9, **fused)
-
-
-def finite(losses, step, rate):
-    """The losses as floats; InputError if the last of them are not finite."""
-    values = torch.stack(losses).tolist()
-    if not np.isfinite(values).all():
-        bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
-        raise InputError(f"the loss of step {bad} is not finite (learning rate {rate:.2g}); {NOT_FINITE}")
-    return values
 
 
 def check_weights(model, inference_model, step, rate):

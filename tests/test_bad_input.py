@@ -3,16 +3,21 @@ import json
 import os
 import pickle
 import shutil
+import signal
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from conftest import FAST, make_people, write_train
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+import train
 from checkpoint import lock_output_dir, write_checksums
 from errors import InputError, explain
+from model import MODELS, create_model
 
 
 def one_line(result, *parts):
@@ -359,13 +364,48 @@ def test_scoring_names_ids_that_the_submission_lacks(command, tmp_path):
 
 # --- the machine ---
 
-@pytest.mark.parametrize(("flags", "says"), [(["--log_interval", "3"], "the loss of step"),
+@pytest.mark.parametrize(("flags", "says"), [(["--log_interval", "3"], "the loss or the gradient of step"),
                                              (["--eval_steps", "1"], "is not finite after step 1")])
 def test_numbers_that_are_not_finite(command, dataset, tmp_path, flags, says):
     result = command("train", "--data_dir", dataset, *FAST, "--lr", "1e40", "--clip_grad", "0", "--warmup", "0",
                      "--optimizer", "sgd", "--epochs", "1", *flags)
     one_line(result, says, "learning rate", "--lr")
     assert not list((tmp_path / "results").glob("checkpoint-*"))
+
+
+def test_weight_that_is_not_finite_names_step_and_photos(command, dataset, trained, tmp_path):
+    weights = load_file(trained / "checkpoint-9" / "model.safetensors")
+    weights["conv_stem.weight"][0, 0, 0, 0] = torch.nan
+    save_file(weights, tmp_path / "nan.safetensors")
+    result = command("train", "--data_dir", dataset, *FAST, "--weights", "nan.safetensors", "--epochs", "1", "--log_interval", "4")
+    one_line(result, "of step 1 is not finite", "learning rate", "bad_batch.txt")
+    paths = (tmp_path / "results" / "bad_batch.txt").read_text().splitlines()
+    assert 14 <= len(paths) <= 16 and all(Path(path).is_file() for path in paths)  # a batch of at most 16
+    assert not list((tmp_path / "results").glob("checkpoint-*"))
+
+
+class Cliff(torch.nn.Module):
+    """Logits whose gradient, but not whose loss, is not finite in the third batch."""
+
+    def __init__(self, num_classes, **kwargs):
+        super().__init__()
+        self.layer, self.calls = torch.nn.Linear(3, num_classes), 0
+
+    def forward(self, images):
+        self.calls += self.training
+        logits = self.layer(images.mean((2, 3)))
+        return logits + (logits.detach() - logits).abs().sqrt() if self.calls == 3 else logits  # adds 0; d sqrt(0) is infinite
+
+
+def test_update_by_a_gradient_that_is_not_finite_is_never_applied(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "cliff", Cliff)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)  # the tests' own Ctrl-C stays
+    built = []
+    monkeypatch.setattr(train, "create_model", lambda *args: built.append(create_model(*args)) or built[-1])
+    flags = ["--model", "cliff", "--weights", "none", "--head", "flat", "--resize", "32", "24", "--log_interval", "4"]
+    with pytest.raises(InputError, match="the gradient of step 3 is not finite"):
+        train.main(["--data_dir", str(dataset), *flags, "--output_dir", str(tmp_path / "results")])
+    assert all(value.isfinite().all() for value in built[0].state_dict().values())
 
 
 def test_results_folder_that_cannot_be_made(command, dataset, tmp_path):
