@@ -101,7 +101,7 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout)
+    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout, args.drop_path)
     model.to(device, memory_format=torch.channels_last)
     statistics = input_statistics(model)
     labels = train_photos.label.to_numpy()
@@ -399,6 +399,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--head", choices=HEADS, default="factored", help="18 logits, or mask + gender + age logits summed into 18")
     parser.add_argument("--weights", default="imagenet", help="imagenet, none, or a .safetensors/.pth file to start from")
     parser.add_argument("--dropout", type=float, default=0.2, help="dropout rate before the head")
+    parser.add_argument("--drop_path", type=float, default=0.0, help="stochastic depth: rate at the deepest block")
     # loss
     parser.add_argument("--criterion", choices=LOSSES, default="label_smoothing", help="loss")
     parser.add_argument("--label_smoothing", type=float, default=0.05, help="of the criterion label_smoothing")
@@ -441,7 +442,7 @@ def check_args(args):
     """InputError for a value out of range, or flags that contradict each other."""
     for names, low, high in [
         ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
-        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
+        ("resize", 16, 4096), ("val_ratio dropout drop_path label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
         ("weight_decay gamma age_sigma logit_adjustment clip_grad patience seed", 0, None),
         ("lr", 1e-12, None), ("old_age", 50, 71), ("num_workers", -1, None),
     ]:
