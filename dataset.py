@@ -314,7 +314,8 @@ def read_image(path):
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be decoded ({reason}); restore or remove the file") from None
+        raise InputError(f"{path}: cannot be decoded ({reason}); restore or remove the file; python check_data.py finds "
+                         f"every such file of a dataset at once") from None
 
 
 class Geometry:

@@ -24,6 +24,7 @@ import torch
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
+from check_data import drop_bad_images
 from checkpoint import (
     as_flag,
     check_output_dir,
@@ -89,6 +90,8 @@ def main(argv=None):
 
     # data
     photos = read_train(data_dir, args.fix_labels)
+    if args.on_bad_image == "skip":
+        photos = drop_bad_images(photos)
     train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds, args.fold)
     geometry = Geometry(args.resize, args.crop)
     sampler = EpochSampler(train_photos, args.batch_size, args.sampler, args.seed)
@@ -390,6 +393,8 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--n_folds", type=int, default=0, help="hold out one of this many folds of people instead of --val_ratio")
     parser.add_argument("--fold", type=int, default=0, help="the fold to hold out, from 0")
     parser.add_argument("--fix_labels", action=BooleanOptionalAction, default=True, help="mend the original dataset's wrong labels")
+    parser.add_argument("--on_bad_image", choices=["error", "skip"], default="error",
+                        help="skip: look at every photo first, and leave out what cannot be decoded")
     parser.add_argument("--resize", nargs=2, type=int, default=[384, 288], metavar=("H", "W"), help="input size in pixels")
     parser.add_argument("--crop", nargs=2, type=float, default=[0.8, 0.95], metavar=("H", "W"), help="centre crop, as fractions")
     parser.add_argument("--augmentation", choices=AUGMENTATIONS, default="base", help="random changes in training")
