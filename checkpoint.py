@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import pickle
 import re
 import shlex
 import shutil
@@ -28,7 +27,7 @@ except ImportError:  # Windows, where a folder is not locked
     fcntl = None
 
 from dataset import CLASS_NAMES, NUM_CLASSES
-from errors import InputError
+from errors import InputError, reason
 from model import TTA, create_model, inference_state, input_statistics, model_args
 
 log = logging.getLogger("mask")
@@ -277,9 +276,9 @@ def load_model(folder):
         raise InputError(f"{folder / 'config.json'}: no {OUR_KEY!r} in it; expected a checkpoint written by train.py")
     if config.get("num_classes") != NUM_CLASSES:
         raise InputError(f"{folder / 'config.json'}: {config.get('num_classes')} classes; expected {NUM_CLASSES}")
-    numbers = {"size": 2, "crop": 2, "mean": 3, "std": 3}
-    if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), n) for key, n in numbers.items())
-            and ours.get("tta") in TTA):
+    numbers = {"size": (2, 16, 4096), "crop": (2, 0.01, 1), "mean": (3, -10, 10), "std": (3, 1e-3, 10)}
+    if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), *limits) for key, limits in numbers.items())
+            and all(isinstance(side, int) for side in ours["size"]) and ours.get("tta") in TTA):
         raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std and tta under {OUR_KEY!r}")
     if (folder / CHECKSUMS).is_file():  # a copy for inference may lack it, as may an edited config.json its sum
         verify(folder, ["model.safetensors"])
@@ -334,8 +333,8 @@ def read_training_state(folder):
     path = Path(folder) / "training_state.pt"
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise InputError(f"{path}: holds something else than tensors, or is damaged ({str(error).splitlines()[0]}); "
+    except Exception as error:  # whatever a damaged or hostile file makes torch's reader raise
+        raise InputError(f"{path}: holds something else than tensors, or is damaged ({reason(error)}); "
                          f"use another checkpoint") from None
 
 
@@ -352,8 +351,8 @@ def read_json(path):
     return value
 
 
-def _numbers(value, length):
-    return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) for x in value)
+def _numbers(value, length, low, high):
+    return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) and low <= x <= high for x in value)
 
 
 def _sha256(path):

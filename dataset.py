@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from errors import InputError
+from errors import InputError, reason
 
 # Without this, importing albumentations asks the network for its newest version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
@@ -163,7 +163,7 @@ def read_table(path, columns):
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); expected a CSV file") from None
     except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path}: not a CSV text file ({str(error).splitlines()[0]}); expected columns "
+        raise InputError(f"{path}: not a CSV text file ({reason(error)}); expected columns "
                          f"{','.join(columns)}") from None
     missing = [column for column in columns if column not in table.columns]
     if missing:
@@ -313,8 +313,7 @@ def read_image(path):
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path}: cannot be decoded ({reason}); restore or remove the file; python check_data.py finds "
+        raise InputError(f"{path}: cannot be decoded ({reason(error)}); restore or remove the file; python check_data.py finds "
                          f"every such file of a dataset at once") from None
 
 

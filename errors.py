@@ -63,5 +63,11 @@ def explain(error):
     return None
 
 
+def reason(error):
+    """The first line of what an exception says, at most 120 characters; its class if it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:120] if lines else type(error).__name__
+
+
 def _file(error):
     return f" at {os.fspath(error.filename)}" if error.filename else ""

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dataset import AGES, GENDERS, MASKS, NUM_CLASSES, decode
-from errors import InputError
+from errors import InputError, reason
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -97,11 +97,10 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0, drop_path
             model.train()
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         # timm's and the hub's errors differ by release; what the user can do about them does not.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if weights == "imagenet":
-            raise InputError(f"--weights imagenet: the weights of {name} cannot be had ({reason[:120]}); pass --weights none to "
+            raise InputError(f"--weights imagenet: the weights of {name} cannot be had ({reason(error)}); pass --weights none to "
                              f"train from scratch, or --weights FILE with a .safetensors or .pth of {name}") from None
-        raise InputError(f"--model {name}: cannot be built for {size[0]} x {size[1]} photos ({reason[:120]}); "
+        raise InputError(f"--model {name}: cannot be built for {size[0]} x {size[1]} photos ({reason(error)}); "
                          f"try another --resize") from None
     if weights == "imagenet" and not hasattr(model, "pretrained_cfg"):
         raise InputError(f"--weights imagenet: {name} is hand-written and has none; pass --weights none or --weights FILE")
@@ -165,8 +164,7 @@ def read_tensors(path):
     try:
         state = timm.models.load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a file of tensors ({type(error).__name__}: {reason[:120]}); expected .safetensors, or a "
+        raise InputError(f"{path}: not a file of tensors ({type(error).__name__}: {reason(error)}); expected .safetensors, or a "
                          f".pth saved from a state_dict") from None
     tensors = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
     if not tensors or not state:

@@ -49,7 +49,7 @@ from dataset import (
     soft_targets,
     split_people,
 )
-from errors import ArgumentParser, InputError, run
+from errors import ArgumentParser, InputError, reason, run
 from f1 import attribute_f1, class_f1, macro_f1
 from inference import autocast, choose_device, choose_workers, infer
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss
@@ -127,7 +127,7 @@ def main(argv=None):
     lock = lock_output_dir(output_dir)
     if args.overwrite:
         delete_run(output_dir)
-    training_state = resume(output_dir, state) if args.resume else None
+    losses, training_state = [], resume(output_dir, state) if args.resume else None
     if training_state:
         try:
             model.load_state_dict(training_state["model"])
@@ -135,9 +135,10 @@ def main(argv=None):
             scaler.load_state_dict(training_state["scaler"])
             if ema:
                 ema.module.load_state_dict(training_state["ema"])
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            losses = list(training_state["losses"].to(device))  # since the last evaluation
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--resume: the last checkpoint in {output_dir} does not fit --model {args.model} as it is now "
-                             f"({str(error).splitlines()[0][:120]}); pass another --output_dir") from None
+                             f"({reason(error)}); pass another --output_dir") from None
 
     describe_data(train_photos, valid_photos, weight)
     describe_run(args, model, device, total_steps)
@@ -187,7 +188,6 @@ def main(argv=None):
         return folder
 
     bar = tqdm(total=total_steps, initial=state["step"], disable=None, unit="step", desc="train")
-    losses = list(training_state["losses"].to(device)) if training_state else []  # since the last evaluation
     recent, since, stopper = 0, time.perf_counter(), Stopper()
     is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
     if is_over:
