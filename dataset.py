@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
+import distributed
 from errors import InputError, reason
 
 # Without this, importing albumentations asks the network for its newest version.
@@ -422,7 +423,7 @@ class EpochSampler:
 
     Args:
         photos: the table of the training photos.
-        batch_size: the largest batch.
+        batch_size: the largest batch, of all processes together; each takes its share of it.
         sampler: a name in SAMPLERS.
         seed: of all draws.
     """
@@ -451,14 +452,18 @@ class EpochSampler:
         draws = list(zip(order.tolist(), rng.integers(2**32, size=self.num_photos).tolist(), strict=True))
         edges = np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int)
         for batch in range(self.first_batch, self.num_batches):
-            yield draws[edges[batch]:edges[batch + 1]]
+            yield draws[edges[batch]:edges[batch + 1]][distributed.rank()::distributed.world_size()]
+
+    def sizes(self):
+        """The size of each batch to come, of all processes together."""
+        return np.diff(np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int))[self.first_batch:].tolist()
 
 
 def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
     """A DataLoader of uint8 batches whose workers stay alive: in order for validation, or by an EpochSampler."""
-    batching = {"batch_sampler": batch_sampler} if batch_sampler else {"batch_size": batch_size}
-    return DataLoader(dataset, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
-                      persistent_workers=num_workers > 0, worker_init_fn=_start_worker, **batching)
+    return DataLoader(dataset, batch_sampler=batch_sampler or distributed.own_batches(len(dataset), batch_size),
+                      num_workers=num_workers, pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0,
+                      worker_init_fn=_start_worker)
 
 
 def _start_worker(worker_id):

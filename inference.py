@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+import distributed
 from checkpoint import find_checkpoint, load_model
 from dataset import (
     AGES,
@@ -38,7 +39,7 @@ from model import TTA
 
 def main(argv=None):
     args = parse_args(argv)
-    device = choose_device(args.device)
+    device = distributed.join(choose_device(args.device))
     check_output(args.output, args.save_probs)
     checkpoints = [find_checkpoint(model_dir) for model_dir in args.model_dir]
     weights = np.ones(len(checkpoints)) if args.model_weights is None else np.array(args.model_weights)
@@ -49,8 +50,10 @@ def main(argv=None):
 
     photos, data_dir, is_eval = choose_photos(args.data_dir, members[0][1], checkpoints[0])
     output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
-    print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
-          f"{', '.join(map(str, checkpoints))}")
+    rank = distributed.rank()
+    if rank == 0:
+        print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
+              f"{', '.join(map(str, checkpoints))}")
 
     probabilities, answers = np.zeros((len(photos), NUM_CLASSES)), []
     for (model, config), weight in zip(members, weights / weights.sum(), strict=True):
@@ -61,6 +64,9 @@ def main(argv=None):
         probabilities += weight * own
         answers.append(own.argmax(axis=1))
 
+    distributed.leave()
+    if rank:
+        return
     predictions = probabilities.argmax(axis=1)
     table = pd.DataFrame({"ImageID": photos.ImageID, "ans": predictions})
     if not is_eval:
@@ -93,14 +99,14 @@ def infer(model, loader, statistics, device, tta="none", amp=None):
         amp: mixed precision; None means on CUDA only.
     """
     outputs = []
-    for images, *_ in tqdm(loader, disable=None, leave=False, desc="predict"):
+    for images, *_ in tqdm(loader, disable=distributed.rank() > 0 or None, leave=False, desc="predict"):
         images = normalize(images, *statistics, device)
         with autocast(device, amp):
             probabilities = model(images).float().softmax(dim=1)
             if tta == "hflip":
                 probabilities = (probabilities + model(images.flip(3)).float().softmax(dim=1)) / 2
         outputs.append(probabilities)
-    return torch.cat(outputs).cpu().numpy()
+    return torch.cat(distributed.in_order([output.cpu() for output in outputs])).numpy()
 
 
 def autocast(device, amp=None):
@@ -132,7 +138,7 @@ def choose_workers(num_workers, device):
     if num_workers >= 0 or device.type == "cpu":
         return max(num_workers, 0)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, max(cores - 1, 0))
+    return min(8, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0))
 
 
 def choose_photos(data_dir, config, checkpoint):

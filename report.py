@@ -9,6 +9,7 @@ import pandas as pd
 
 from checkpoint import find_checkpoint, step_of
 from dataset import AGES, CLASS_NAMES, GENDERS, NUM_CLASSES
+from distributed import world_size
 from f1 import bootstrap_interval, macro_f1
 from plots import confusion_matrix, mistakes_sheet
 
@@ -36,7 +37,8 @@ def describe_run(args, model, device, total_steps):
              f"input {args.resize[0]} x {args.resize[1]} (height x width), crop {args.crop[0]:g} x {args.crop[1]:g}")
     log.info(f"loss: {args.criterion}, class weights {args.class_weights}, sampler {args.sampler}, "
              f"augmentation {args.augmentation}")
-    log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos ({args.epochs} epochs), "
+    log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos"
+             f"{f', shared by {world_size()} processes' if world_size() > 1 else ''} ({args.epochs} epochs), "
              f"{args.optimizer}, peak learning rate {args.lr:g}, evaluation every {args.eval_steps}")
     log.info(f"device: {device}, results in {args.output_dir}")
 

@@ -24,6 +24,7 @@ import torch
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
+import distributed
 from check_data import drop_bad_images
 from checkpoint import (
     as_flag,
@@ -77,13 +78,17 @@ RESUMABLE = {"epochs", "data_dir", "output_dir", "resume", "overwrite", "num_wor
 
 def main(argv=None):
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO)
     argv = sys.argv[1:] if argv is None else argv
+    if distributed.is_restart():
+        argv = resume_argv(argv)
     args = parse_args(argv)
-    device = choose_device(args.device)
+    device = distributed.join(choose_device(args.device))
+    is_main = distributed.rank() == 0
+    log.setLevel(logging.INFO if is_main else logging.ERROR)
     output_dir = Path(args.output_dir)
     check_output_dir(output_dir, args.resume, args.overwrite, argv)
-    data_dir, kind = choose_data(args.data_dir)
+    with distributed.main_first():
+        data_dir, kind = choose_data(args.data_dir)
     if DATASET_DEFAULTS.get(kind):
         args = parse_args(argv, DATASET_DEFAULTS[kind])
         log.info(f"{kind} defaults: {' '.join(as_flag(key, value) for key, value in DATASET_DEFAULTS[kind].items())}")
@@ -99,6 +104,7 @@ def main(argv=None):
     num_workers = choose_workers(args.num_workers, device)
     train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
     valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
+    check_processes(args.criterion, sampler)
     steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
 
@@ -124,10 +130,11 @@ def main(argv=None):
     # where it goes, and where it goes on
     state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [], "data": fingerprint(photos),
              "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE - {"epochs"}}}
-    lock = lock_output_dir(output_dir)
-    if args.overwrite:
-        delete_run(output_dir)
-    losses, training_state = [], resume(output_dir, state) if args.resume else None
+    with distributed.main_first():
+        lock = lock_output_dir(output_dir) if is_main else None
+        if args.overwrite and is_main:
+            delete_run(output_dir)
+        losses, training_state = [], resume(output_dir, state) if args.resume else None
     if training_state:
         try:
             model.load_state_dict(training_state["model"])
@@ -142,15 +149,19 @@ def main(argv=None):
 
     describe_data(train_photos, valid_photos, weight)
     describe_run(args, model, device, total_steps)
-    board = create_board(output_dir, state["step"])
-    board.add_image("inputs/augmented", inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png"), 0, dataformats="HWC")
+    if is_main:
+        board = create_board(output_dir, state["step"])
+        sheet = inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png")
+        board.add_image("inputs/augmented", sheet, 0, dataformats="HWC")
+    parallel_model = distributed.wrap(model)
 
-    def backward(images, targets, share):
+    def backward(images, targets, share, is_last):
         images, targets = normalize(images, *statistics, device), targets.to(device, non_blocking=True)
-        with autocast(device, args.amp):
-            logits = model(images)
-        loss = share * criterion(logits.float(), targets)
-        scaler.scale(loss).backward()
+        with distributed.without_sync(parallel_model, is_last):
+            with autocast(device, args.amp):
+                logits = parallel_model(images)
+            loss = share * criterion(logits.float(), targets)
+            scaler.scale(loss).backward()
         return loss.detach()
 
     def update_weights(step):
@@ -168,12 +179,13 @@ def main(argv=None):
 
     def check_losses(step):
         """The losses since the last evaluation as floats; InputError if one, or a gradient, is not finite."""
-        values = torch.stack(losses).tolist()
+        values = distributed.mean(torch.stack(losses)).tolist()
         if not np.isfinite(values).all():
             bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
             sampler.set_epoch((bad - 1) // steps_per_epoch, (bad - 1) % steps_per_epoch * args.accumulation_steps)
             batches = list(islice(sampler, args.accumulation_steps))
-            paths = [train_photos.path[index] for batch in batches for index, _ in batch]
+            own = [train_photos.path[index] for batch in batches for index, _ in batch]
+            paths = [path for share in distributed.gather(own) for path in share]
             (output_dir / "bad_batch.txt").write_text("\n".join(paths) + "\n")
             rate = learning_rate(bad, total_steps, args.lr, args.warmup)
             raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate:.2g}; {paths[0]} and "
@@ -181,13 +193,15 @@ def main(argv=None):
         return values
 
     def save(predictions):
+        if not is_main:
+            return None
         folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
             "ema": ema.module.state_dict() if ema else None, "losses": torch.stack(losses) if losses else torch.empty(0)})
         prune_checkpoints(output_dir, args.keep_last)
         return folder
 
-    bar = tqdm(total=total_steps, initial=state["step"], disable=None, unit="step", desc="train")
+    bar = tqdm(total=total_steps, initial=state["step"], disable=None if is_main else True, unit="step", desc="train")
     recent, since, stopper = 0, time.perf_counter(), Stopper()
     is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
     if is_over:
@@ -195,16 +209,18 @@ def main(argv=None):
     for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
         for step, loss, count in train_one_epoch(model, train_loader, args.accumulation_steps, backward, update_weights, args.seed,
-                                                 state["step"]):
+                                                 state["step"], sampler.sizes()):
             losses.append(loss)
             recent += count
             bar.update()
             state |= {"step": step, "epoch": round(step / steps_per_epoch, 4)}
             rate = learning_rate(step, total_steps, args.lr, args.warmup)
+            stop_signal = stopper.agreed(step, args.log_interval)
             if step % args.log_interval == 0:
                 value = check_losses(step)[-args.log_interval:]
                 speed = recent / (time.perf_counter() - since)
-                report_step(bar, board, step, total_steps, float(np.mean(value)), rate, speed)
+                if is_main:
+                    report_step(bar, board, step, total_steps, float(np.mean(value)), rate, speed)
                 recent, since = 0, time.perf_counter()
             if step % args.eval_steps == 0 or step == total_steps:
                 metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(check_losses(step)))}
@@ -216,24 +232,29 @@ def main(argv=None):
                     metrics |= score(predictions)
                 state["history"].append(metrics)
                 update_best(state)
-                report_metrics(bar, board, state["history"], save(predictions))
+                folder = save(predictions)
+                if is_main:
+                    report_metrics(bar, board, state["history"], folder)
                 recent, since = 0, time.perf_counter()
                 if is_exhausted(state, args.patience):
                     break
-            elif stopper.signal:
-                check_losses(step)
+            elif stop_signal:
+                losses = list(torch.tensor(check_losses(step)))
                 check_weights(model, inference_model, step, rate)
                 save(None)
-            if stopper.signal and step < total_steps:
+            if stop_signal and step < total_steps:
                 bar.close()
-                log.info(f"stopped at step {step} of {total_steps}; go on with: {resume_command(argv)}")
-                sys.exit(128 + stopper.signal)
+                log.info(f"stopped at step {step} of {total_steps}; go on with: "
+                         f"{shlex.join(['python', 'train.py', *resume_argv(argv)])}")
+                sys.exit(128 + stop_signal)
         if is_exhausted(state, args.patience):
             tqdm.write(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
     bar.close()
-    finish(state, output_dir, valid_photos, board)
-    lock.close()
+    if is_main:
+        finish(state, output_dir, valid_photos, board)
+        lock.close()
+    distributed.leave()
 
 
 class Stopper:
@@ -250,29 +271,39 @@ class Stopper:
         os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
 
 
-def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step):
+    def agreed(self, step, interval):
+        """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
+        if distributed.world_size() == 1:
+            return self.signal
+        return distributed.most(self.signal) if step % interval == 0 else 0
+
+
+def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step, sizes):
     """Train over the loader's batches; a generator that stops after each optimizer step.
 
     Args:
         model: put into training mode before every step, since an evaluation may have come between.
         loader: of (images, targets) batches.
         accumulation_steps: batches to an optimizer step.
-        backward: (images, targets, share) -> the batch's mean loss times its share of the step; adds its gradients.
+        backward: (images, targets, share, is_last) -> the batch's mean loss times its share of the step; adds its gradients.
         update_weights: called with the step's number when its gradients are there; returns their norm as a tensor.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
+        sizes: photos of each batch, of all processes together.
 
     Yields:
-        (step, loss, photos): steps done, the mean loss over the step's photos as a tensor (reading it would make the host
-        wait; it is not finite if the gradient is not), and their number.
+        (step, loss, photos): steps done; a tensor whose mean over the processes is the mean loss over the step's photos
+        (reading it would make the host wait; it is not finite if the gradient is not); their number.
     """
-    batches = iter(loader)
+    batches, rank, world_size = zip(loader, sizes, strict=False), distributed.rank(), distributed.world_size()
     while group := list(islice(batches, accumulation_steps)):
         step += 1
         model.train()
-        torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
-        photos = sum(len(images) for images, _ in group)
-        loss = sum(backward(*batch, len(batch[0]) / photos) for batch in group)
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0]))
+        photos, loss = sum(size for _, size in group), 0.0
+        for i, ((images, targets), _) in enumerate(group, start=1):
+            # The gradient will be the mean over the processes.
+            loss += backward(images, targets, len(images) * world_size / photos, i == len(group))
         norm = update_weights(step)
         yield step, loss + 0 * norm, photos
 
@@ -348,9 +379,9 @@ def is_exhausted(state, patience):
 
 # --- where the data is, and where the run goes ---
 
-def resume_command(argv):
-    """The command line that goes on with a run begun by `argv`."""
-    return shlex.join(["python", "train.py", *(flag for flag in argv if flag not in ("--resume", "--overwrite")), "--resume"])
+def resume_argv(argv):
+    """The flags that go on with a run begun with `argv`."""
+    return [*(flag for flag in argv if flag not in ("--resume", "--overwrite")), "--resume"]
 
 
 def choose_data(data_dir):
@@ -441,6 +472,16 @@ def parse_args(argv=None, defaults=None):
     args = parser.parse_args(argv)
     check_args(args)
     return args
+
+
+def check_processes(criterion, sampler):
+    """InputError for what several processes cannot share."""
+    if distributed.world_size() > 1 and criterion in ("f1", "ce_f1", "focal_f1"):
+        raise InputError(f"--criterion {criterion}: soft F1 over a batch is not the mean of its parts, so that processes cannot "
+                         f"share it; pass another --criterion, or one process")
+    if min(sampler.sizes()) < distributed.world_size():
+        raise InputError(f"--batch_size: a batch of {min(sampler.sizes())} photos cannot be shared by {distributed.world_size()} "
+                         f"processes; --batch_size counts all of them together, raise it")
 
 
 def check_args(args):

@@ -1,0 +1,95 @@
+"""Several processes, one a GPU, by torchrun: who this one is, and what all of them agree on. In one process all of it is empty.
+
+    torchrun --nproc_per_node=8 train.py --batch_size 128 ...
+    torchrun --nproc_per_node=8 inference.py --model_dir=./results
+"""
+import contextlib
+import itertools
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def join(device):
+    """Join torchrun's processes, if it started this one; returns this process's own device."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        # A restarted worker must not find the addresses of those before it in torchrun's store.
+        store, number, count = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count)
+    return device
+
+
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """Number of this process; 0 writes files and speaks."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_restart():
+    """Whether torchrun --max-restarts has begun this process anew, after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextlib.contextmanager
+def main_first():
+    """Process 0 does what is inside before the others do."""
+    if dist.is_initialized() and rank():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not rank():
+        dist.barrier()
+
+
+def gather(value):
+    """The picklable values of all processes, in every process."""
+    values = [value]
+    if dist.is_initialized():
+        values *= world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def own_batches(count, batch_size):
+    """Index lists of this process's batches of 0 .. count - 1: every `world_size`-th of those that one process would have."""
+    return [list(range(i, min(i + batch_size, count))) for i in range(0, count, batch_size)][rank()::world_size()]
+
+
+def in_order(batches):
+    """The batches of all processes, in the order of one process, from each one's `own_batches`."""
+    return [batch for row in itertools.zip_longest(*gather(batches)) for batch in row if batch is not None]
+
+
+def mean(tensor):
+    """The mean over the processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def most(number):
+    """The largest int of any process."""
+    return max(gather(number))
+
+
+def without_sync(model, is_last):
+    """Gradients are exchanged only with the last batch of a step."""
+    return model.no_sync() if dist.is_initialized() and not is_last else contextlib.nullcontext()
+
+
+def wrap(model):
+    """The model whose backward pass takes the mean of all processes' gradients."""
+    return torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
