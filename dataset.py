@@ -461,9 +461,10 @@ class EpochSampler:
 
 def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
     """A DataLoader of uint8 batches whose workers stay alive: in order for validation, or by an EpochSampler."""
-    return DataLoader(dataset, batch_sampler=batch_sampler or distributed.own_batches(len(dataset), batch_size),
-                      num_workers=num_workers, pin_memory=torch.cuda.is_available(), persistent_workers=num_workers > 0,
-                      worker_init_fn=_start_worker)
+    if batch_sampler is None:
+        batch_sampler = distributed.own_batches(len(dataset), batch_size)
+    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+                      persistent_workers=num_workers > 0, worker_init_fn=_start_worker)
 
 
 def _start_worker(worker_id):

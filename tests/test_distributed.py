@@ -58,9 +58,9 @@ def test_three_processes_train_and_predict_as_one(dataset, one, tmp_path, comman
 
 def test_a_killed_process_is_restarted_and_the_run_goes_on(dataset, one, tmp_path):
     """Every photo of the epochs is seen once: the steps done before the kill are not done again, and the rest are."""
-    process = torchrun(2, "train", "--data_dir", dataset, *RUN, "--epochs", "30", "--eval_steps", "40", cwd=tmp_path, restarts=1)
+    process = torchrun(2, "train", "--data_dir", dataset, *RUN, "--epochs", "10", "--eval_steps", "20", cwd=tmp_path, restarts=1)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "results/checkpoint-40").is_dir():
+    while not (tmp_path / "results/checkpoint-20").is_dir():
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "train.log").read_text()
         time.sleep(0.01)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -68,8 +68,8 @@ def test_a_killed_process_is_restarted_and_the_run_goes_on(dataset, one, tmp_pat
     assert process.wait(240) == 0, (tmp_path / "train.log").read_text()
     log = (tmp_path / "train.log").read_text()
     assert "resuming from results/checkpoint-" in log and "starting from step 0" not in log
-    state = json.loads((tmp_path / "results/checkpoint-360/trainer_state.json").read_text())
-    assert [metrics["step"] for metrics in state["history"]] == list(range(40, 361, 40))
+    state = json.loads((tmp_path / "results/checkpoint-120/trainer_state.json").read_text())
+    assert [metrics["step"] for metrics in state["history"]] == list(range(20, 121, 20))
     assert len(pd.read_csv(tmp_path / "results/valid_predictions.csv")) == 35
 
 

@@ -45,6 +45,7 @@ def encoded(form):
 IMAGES = {form: encoded(form) for form in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @fuzz
 @given(st.sampled_from(sorted(IMAGES)), edits, cuts)
 def test_images(tmp_path_factory, form, changes, cut):
@@ -65,6 +66,7 @@ def tables(tmp_path_factory):
     return root, {part: (root / part / name).read_bytes() for part, name in [("train", "train.csv"), ("eval", "info.csv")]}
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @fuzz
 @given(st.sampled_from(["train", "eval"]), edits, cuts)
 def test_tables(tables, part, changes, cut):
@@ -87,6 +89,7 @@ def checkpoint(trained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @fuzz
 @given(st.sampled_from(["config.json", "model.safetensors", "training_state.pt", "trainer_state.json"]), edits, cuts, st.booleans())
 def test_checkpoints(checkpoint, trained, name, changes, cut, in_header):
