@@ -434,6 +434,7 @@ class EpochSampler:
         self.probabilities = None if sampler == "none" else weights / weights.sum()
         self.num_photos, self.seed = len(photos), seed
         self.num_batches = -(-len(photos) // batch_size)
+        self.edges = np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int)
         self.set_epoch(0)
 
     def set_epoch(self, epoch, first_batch=0):
@@ -450,13 +451,12 @@ class EpochSampler:
         else:
             order = rng.choice(self.num_photos, self.num_photos, p=self.probabilities)
         draws = list(zip(order.tolist(), rng.integers(2**32, size=self.num_photos).tolist(), strict=True))
-        edges = np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int)
         for batch in range(self.first_batch, self.num_batches):
-            yield draws[edges[batch]:edges[batch + 1]][distributed.rank()::distributed.world_size()]
+            yield draws[self.edges[batch]:self.edges[batch + 1]][distributed.rank()::distributed.world_size()]
 
     def sizes(self):
         """The size of each batch to come, of all processes together."""
-        return np.diff(np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int))[self.first_batch:].tolist()
+        return np.diff(self.edges)[self.first_batch:].tolist()
 
 
 def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):

@@ -270,7 +270,6 @@ class Stopper:
             signal.signal(each, handler)
         os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
 
-
     def agreed(self, step, interval):
         """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
         if distributed.world_size() == 1:

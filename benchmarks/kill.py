@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from checkpoint import list_checkpoints
 from sample_data import draw_sample_dataset
 
 ROOT = Path(__file__).parent.parent
@@ -93,14 +94,14 @@ def instant(output_dir, text):
     saved = [int(step) for step in re.findall(r"-> .*checkpoint-(\d+)$", text, re.M)]
     if steps and steps[-1] % 7 == 0 and steps[-1] not in saved:
         return "in an evaluation"
-    if not list(output_dir.glob("checkpoint-*")):
+    if not list_checkpoints(output_dir):
         return "before the first checkpoint"
     return "between two checkpoints" if steps else "before the first step of a resumed run"
 
 
 def final_files(output_dir):
     """The bytes of the last checkpoint and the list of all."""
-    folders = sorted(output_dir.glob("checkpoint-*"), key=lambda folder: int(folder.name.partition("-")[2]))
+    folders = list_checkpoints(output_dir)
     return [folder.name for folder in folders], [(folders[-1] / name).read_bytes() for name in FILES]
 
 
