@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
@@ -359,26 +358,6 @@ AUGMENTATIONS = {
 }
 
 
-def soft_targets(photos, age_sigma=0.0, old_age=60):
-    """What to learn of every photo: (N, 18) float32, a distribution over the classes that sums to 1.
-
-    The years of a person are taken as a normal density around the age given, of which each band gets its share: people of
-    58 and 62 look alike, and the years in a table carry errors of their own. It is label-distribution learning (Geng
-    2016) with the density of DLDL (Gao et al. 2017), summed over the bands that count. Scores never see it.
-
-    Args:
-        photos: the table of `read_train`.
-        age_sigma: standard deviation of the density in years; 0 gives one-hot rows.
-        old_age: years from which a person counts as old in training.
-    """
-    years, edges = torch.tensor(photos.years.to_numpy())[:, None], torch.tensor([29.5, old_age - 0.5])
-    below = torch.special.ndtr((edges - years) / age_sigma) if age_sigma else (years < edges).float()  # (N, 2)
-    ages = torch.diff(below, dim=1, prepend=torch.zeros(len(years), 1), append=torch.ones(len(years), 1))  # (N, 3)
-    masks = F.one_hot(torch.tensor(photos["mask"].to_numpy()), len(MASKS)).float()
-    genders = F.one_hot(torch.tensor(photos.gender.to_numpy()), len(GENDERS)).float()
-    return torch.einsum("nm,ng,na->nmga", masks, genders, ages).reshape(-1, NUM_CLASSES)
-
-
 class MaskDataset(Dataset):
     """Photos as (image, target): image a uint8 tensor (3, height, width), RGB 0..255; target a row of `targets`.
 
@@ -387,7 +366,7 @@ class MaskDataset(Dataset):
         geometry: the `Geometry`, applied to every photo.
         augmentation: a name in AUGMENTATIONS, applied after the geometry to items asked for as (index, draw seed);
             an item asked for by its index alone is never augmented.
-        targets: (N, 18) of `soft_targets`, or None where nothing is to be learned (rows are then empty).
+        targets: (N, 18) of `loss.soft_targets`, or None where nothing is to be learned (rows are then empty).
     """
 
     def __init__(self, photos, geometry, augmentation="none", targets=None):

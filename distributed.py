@@ -6,9 +6,12 @@
 import contextlib
 import itertools
 import os
+import signal
 
 import torch
 import torch.distributed as dist
+
+from errors import InputError
 
 
 def join(device):
@@ -93,3 +96,33 @@ def without_sync(model, is_last):
 def wrap(model):
     """The model whose backward pass takes the mean of all processes' gradients."""
     return torch.nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+
+
+def check_processes(criterion, sampler):
+    """InputError for what several processes cannot share."""
+    if world_size() > 1 and criterion in ("f1", "ce_f1", "focal_f1"):
+        raise InputError(f"--criterion {criterion}: soft F1 over a batch is not the mean of its parts, so that processes cannot "
+                         f"share it; pass another --criterion, or one process")
+    if min(sampler.sizes()) < world_size():
+        raise InputError(f"--batch_size: a batch of {min(sampler.sizes())} photos cannot be shared by {world_size()} "
+                         f"processes; --batch_size counts all of them together, raise it")
+
+
+class Stopper:
+    """Notes Ctrl-C and SIGTERM in `signal`, so that the run can end at a whole step; the second one ends it at once."""
+
+    def __init__(self):
+        self.signal = 0
+        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(self, number, frame):
+        self.signal = number
+        for each, handler in self.before.items():
+            signal.signal(each, handler)
+        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
+
+    def agreed(self, step, interval):
+        """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
+        if world_size() == 1:
+            return self.signal
+        return most(self.signal) if step % interval == 0 else 0

@@ -6,6 +6,7 @@
 
 Rows are matched by ImageID. The interval comes from a bootstrap over people if answers.csv has a `person` column.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,22 @@ def _drawn_macro_f1(labels, predictions, person, times_drawn):
     np.add.at(counts[2], (person[hits], labels[hits]), 1)
     truths, guesses, hits = times_drawn @ counts
     return (2 * hits / np.maximum(truths + guesses, 1)).mean(axis=1)
+
+
+def tabulate(photos, probabilities):
+    """Predictions of labelled photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
+    ids = photos.person + "/" + photos.path.map(os.path.basename)
+    table = pd.DataFrame({"ImageID": ids, "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
+    return table.join(pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)]))
+
+
+def score(predictions):
+    """Metrics of a table of `evaluate`, over all its photos at once: a flat dict of floats."""
+    labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
+    likelihood = predictions[[f"p{label}" for label in range(NUM_CLASSES)]].to_numpy()[np.arange(len(labels)), labels]
+    attributes = {f"{name}_f1": value for name, value in attribute_f1(labels, answers).items()}
+    return {"valid_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
+            "accuracy": float((labels == answers).mean()), **attributes, "class_f1": class_f1(labels, answers).tolist()}
 
 
 def report(labels, predictions, people=None):

@@ -10,10 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import AGES, GENDERS, NUM_CLASSES
+from dataset import AGES, GENDERS, MASKS, NUM_CLASSES
 from errors import InputError
 
 NUM_GROUPS = len(GENDERS) * len(AGES)
+
+
+def soft_targets(photos, age_sigma=0.0, old_age=60):
+    """What to learn of every photo: (N, 18) float32, a distribution over the classes that sums to 1.
+
+    The years of a person are taken as a normal density around the age given, of which each band gets its share: people of
+    58 and 62 look alike, and the years in a table carry errors of their own. It is label-distribution learning (Geng
+    2016) with the density of DLDL (Gao et al. 2017), summed over the bands that count. Scores never see it.
+
+    Args:
+        photos: the table of `read_train`.
+        age_sigma: standard deviation of the density in years; 0 gives one-hot rows.
+        old_age: years from which a person counts as old in training.
+    """
+    years, edges = torch.tensor(photos.years.to_numpy())[:, None], torch.tensor([29.5, old_age - 0.5])
+    below = torch.special.ndtr((edges - years) / age_sigma) if age_sigma else (years < edges).float()  # (N, 2)
+    ages = torch.diff(below, dim=1, prepend=torch.zeros(len(years), 1), append=torch.ones(len(years), 1))  # (N, 3)
+    masks = F.one_hot(torch.tensor(photos["mask"].to_numpy()), len(MASKS)).float()
+    genders = F.one_hot(torch.tensor(photos.gender.to_numpy()), len(GENDERS)).float()
+    return torch.einsum("nm,ng,na->nmga", masks, genders, ages).reshape(-1, NUM_CLASSES)
 
 
 class CrossEntropyLoss(nn.Module):

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import shlex
-import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
@@ -18,8 +17,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import timm.optim
 import torch
 from timm.utils import ModelEmaV3
 from tqdm import tqdm
@@ -47,14 +44,14 @@ from dataset import (
     find_part,
     normalize,
     read_train,
-    soft_targets,
     split_people,
 )
 from errors import ArgumentParser, InputError, reason, run
-from f1 import attribute_f1, class_f1, macro_f1
+from f1 import score, tabulate
 from inference import autocast, choose_device, choose_workers, infer
-from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss
+from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, input_statistics
+from optim import NOT_FINITE, check_weights, create_optimizer, learning_rate
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
 from sample_data import draw_sample_dataset
@@ -69,8 +66,6 @@ DATASET_DEFAULTS = {
     # The competition's own photos show a head in their middle, and everyone who is old is labelled 60 beside many of 57 to 59.
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
-NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --no-amp, and begin again with --overwrite or another "
-              "--output_dir")
 # Flags that a resumed run may change, because no number that was already computed depends on them.
 RESUMABLE = {"epochs", "data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
              "valid_batch_size", "patience"}
@@ -104,7 +99,7 @@ def main(argv=None):
     num_workers = choose_workers(args.num_workers, device)
     train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
     valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
-    check_processes(args.criterion, sampler)
+    distributed.check_processes(args.criterion, sampler)
     steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
 
@@ -202,7 +197,7 @@ def main(argv=None):
         return folder
 
     bar = tqdm(total=total_steps, initial=state["step"], disable=None if is_main else True, unit="step", desc="train")
-    recent, since, stopper = 0, time.perf_counter(), Stopper()
+    recent, since, stopper = 0, time.perf_counter(), distributed.Stopper()
     is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
     if is_over:
         log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
@@ -257,26 +252,6 @@ def main(argv=None):
     distributed.leave()
 
 
-class Stopper:
-    """Notes Ctrl-C and SIGTERM in `signal`, so that the run can end at a whole step; the second one ends it at once."""
-
-    def __init__(self):
-        self.signal = 0
-        self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(self, number, frame):
-        self.signal = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
-        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
-
-    def agreed(self, step, interval):
-        """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
-        if distributed.world_size() == 1:
-            return self.signal
-        return distributed.most(self.signal) if step % interval == 0 else 0
-
-
 def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step, sizes):
     """Train over the loader's batches; a generator that stops after each optimizer step.
 
@@ -311,54 +286,6 @@ def evaluate(model, loader, photos, statistics, device, tta, amp):
     """Predict the validation photos: the table of `tabulate`."""
     model.eval()
     return tabulate(photos, infer(model, loader, statistics, device, tta, amp))
-
-
-def tabulate(photos, probabilities):
-    """Predictions of labelled photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
-    ids = photos.person + "/" + photos.path.map(os.path.basename)
-    table = pd.DataFrame({"ImageID": ids, "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
-    return table.join(pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)]))
-
-
-def score(predictions):
-    """Metrics of a table of `evaluate`, over all its photos at once: a flat dict of floats."""
-    labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
-    likelihood = predictions[[f"p{label}" for label in range(NUM_CLASSES)]].to_numpy()[np.arange(len(labels)), labels]
-    attributes = {f"{name}_f1": value for name, value in attribute_f1(labels, answers).items()}
-    return {"valid_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
-            "accuracy": float((labels == answers).mean()), **attributes, "class_f1": class_f1(labels, answers).tolist()}
-
-
-def learning_rate(step, total_steps, peak, warmup):
-    """Linear warm-up over the share `warmup` of the steps, then a half cosine to 0 (Loshchilov & Hutter 2017, SGDR).
-
-    A function of the step alone (1 .. total_steps), so that there is nothing to restore when resuming.
-    """
-    warmup_steps = warmup * total_steps
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps + 1)))
-
-
-def create_optimizer(model, name, lr, weight_decay):
-    """timm's optimizer of that name (adamw, sgd, adam, ...), without weight decay on norms and biases.
-
-    Raises:
-        InputError: for an unknown name.
-    """
-    if name.lower() not in timm.optim.list_optimizers():
-        raise InputError(f"--optimizer {name}: unknown; such as adamw, sgd, adam, lamb, nadamw")
-    # one pass over the weights instead of a dozen, where torch has it
-    fused = {"fused": True} if name.lower() in ("adamw", "adam", "sgd") else {}
-    return timm.optim.create_optimizer_v2(model, opt=name.lower(), lr=lr, weight_decay=weight_decay, momentum=0.9, **fused)
-
-
-def check_weights(model, inference_model, step, rate):
-    """InputError if a weight is not finite: the step's own update, which no loss has seen yet, may have spoilt it."""
-    for weights in (model, inference_model):
-        for name, value in weights.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise InputError(f"{name} is not finite after step {step} (learning rate {rate:.2g}); {NOT_FINITE}")
 
 
 def update_best(state):
@@ -471,16 +398,6 @@ def parse_args(argv=None, defaults=None):
     args = parser.parse_args(argv)
     check_args(args)
     return args
-
-
-def check_processes(criterion, sampler):
-    """InputError for what several processes cannot share."""
-    if distributed.world_size() > 1 and criterion in ("f1", "ce_f1", "focal_f1"):
-        raise InputError(f"--criterion {criterion}: soft F1 over a batch is not the mean of its parts, so that processes cannot "
-                         f"share it; pass another --criterion, or one process")
-    if min(sampler.sizes()) < distributed.world_size():
-        raise InputError(f"--batch_size: a batch of {min(sampler.sizes())} photos cannot be shared by {distributed.world_size()} "
-                         f"processes; --batch_size counts all of them together, raise it")
 
 
 def check_args(args):

@@ -23,10 +23,10 @@ from dataset import (
     read_eval,
     read_image,
     read_train,
-    soft_targets,
     split_people,
 )
 from errors import InputError
+from loss import soft_targets
 
 
 def test_class_code_by_the_task_statement():

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 import distributed
 from dataset import EpochSampler, read_train
+from distributed import check_processes
 from errors import InputError
-from train import check_processes
 
 # No batch statistics, so that a batch may be divided; class weights, sampler and averaging are on.
 RUN = [*FAST, "--model", "test_vit", "--resize", "32", "32", "--batch_size", "12", "--epochs", "1", "--eval_steps", "10",

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from checkpoint import list_checkpoints, prune_checkpoints, write_checksums, write_json
-from train import is_exhausted, learning_rate, update_best
+from optim import learning_rate
+from train import is_exhausted, update_best
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
 
