@@ -13,8 +13,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from dataset import CLASS_NAMES, NUM_CLASSES, find_part, list_images, read_eval, read_image, read_train
 from errors import ArgumentParser, InputError, run
+from layout import CLASS_NAMES, NUM_CLASSES, find_part, list_images, read_eval, read_image, read_train
 
 log = logging.getLogger("mask")
 

@@ -26,8 +26,8 @@ try:
 except ImportError:  # Windows, where a folder is not locked
     fcntl = None
 
-from dataset import CLASS_NAMES, NUM_CLASSES
 from errors import InputError, reason
+from layout import CLASS_NAMES, NUM_CLASSES
 from model import TTA, create_model, inference_state, input_statistics, model_args
 
 log = logging.getLogger("mask")

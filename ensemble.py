@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from dataset import NUM_CLASSES
 from errors import ArgumentParser, InputError, run
 from f1 import bootstrap_interval, macro_f1, read_pooled
+from layout import NUM_CLASSES
 
 COLUMNS = [f"p{label}" for label in range(NUM_CLASSES)]
 

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import accuracy_score, f1_score
 
-from dataset import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
 from errors import ArgumentParser, InputError, run
+from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
 
 
 def macro_f1(labels, predictions):

@@ -18,22 +18,9 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import find_checkpoint, load_model
-from dataset import (
-    AGES,
-    CLASS_NAMES,
-    GENDERS,
-    MASKS,
-    NUM_CLASSES,
-    Geometry,
-    MaskDataset,
-    create_loader,
-    decode,
-    find_part,
-    list_images,
-    normalize,
-    read_eval,
-)
+from dataset import Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, run
+from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, find_part, list_images, read_eval
 from model import TTA
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import AGES, GENDERS, MASKS, NUM_CLASSES
 from errors import InputError
+from layout import AGES, GENDERS, MASKS, NUM_CLASSES
 
 NUM_GROUPS = len(GENDERS) * len(AGES)
 

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dataset import AGES, GENDERS, MASKS, NUM_CLASSES, decode
 from errors import InputError, reason
+from layout import AGES, GENDERS, MASKS, NUM_CLASSES, decode
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

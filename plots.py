@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dataset import CLASS_NAMES, read_image
+from layout import CLASS_NAMES, read_image
 
 
 def confusion_matrix(labels, predictions, path):

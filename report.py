@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 
 from checkpoint import find_checkpoint, step_of
-from dataset import AGES, CLASS_NAMES, GENDERS, NUM_CLASSES
 from distributed import world_size
 from f1 import bootstrap_interval, macro_f1
+from layout import AGES, CLASS_NAMES, GENDERS, NUM_CLASSES
 from plots import confusion_matrix, mistakes_sheet
 
 log = logging.getLogger("mask")

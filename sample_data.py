@@ -473,7 +473,7 @@ def noise_plate():
 def contact_sheet(root, path, people=2):
     """Write a picture of the first training people of each group: a column a group, two rows a mask state."""
     # Drawing needs neither torch nor the rest of what this imports.
-    from dataset import CLASS_NAMES, read_train
+    from layout import CLASS_NAMES, read_train
     from plots import photo_sheet
 
     photos = read_train(root)

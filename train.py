@@ -33,22 +33,11 @@ from checkpoint import (
     resume,
     save_checkpoint,
 )
-from dataset import (
-    AUGMENTATIONS,
-    NUM_CLASSES,
-    SAMPLERS,
-    EpochSampler,
-    Geometry,
-    MaskDataset,
-    create_loader,
-    find_part,
-    normalize,
-    read_train,
-    split_people,
-)
+from dataset import AUGMENTATIONS, SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
 from inference import autocast, choose_device, choose_workers, infer
+from layout import NUM_CLASSES, find_part, read_train, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, input_statistics
 from optim import NOT_FINITE, check_weights, create_optimizer, learning_rate

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from dataset import find_part, read_table, read_train, split_people
 from ensemble import read_members
 from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled, tabulate
+from layout import find_part, read_table, read_train, split_people
 
 ROOT = Path(__file__).parent.parent
 STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none"  # none of our ideas

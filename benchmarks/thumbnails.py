@@ -7,8 +7,9 @@ import argparse
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 
-from dataset import Geometry, read_eval, read_image, read_table, read_train
+from dataset import Geometry
 from f1 import attribute_f1, macro_f1
+from layout import read_eval, read_image, read_table, read_train
 
 
 def main(argv=None):

@@ -45,7 +45,7 @@ def write_photo(path, label, rng, size=(24, 32)):
 
 def write_train(root, people, shots=SHOTS):
     """A train part with these people; returns the root."""
-    from dataset import GENDERS, MASK_OF_SHOT, age_band, encode
+    from layout import GENDERS, MASK_OF_SHOT, age_band, encode
     rng = np.random.default_rng(0)
     rows = []
     for person in people:

@@ -10,22 +10,10 @@ from conftest import make_people, write_eval, write_train
 from PIL import Image
 from scipy.stats import norm
 
-import dataset as d
-from dataset import (
-    AUGMENTATIONS,
-    EpochSampler,
-    Geometry,
-    MaskDataset,
-    age_band,
-    create_loader,
-    decode,
-    encode,
-    read_eval,
-    read_image,
-    read_train,
-    split_people,
-)
+import layout
+from dataset import AUGMENTATIONS, EpochSampler, Geometry, MaskDataset, create_loader
 from errors import InputError
+from layout import age_band, decode, encode, read_eval, read_image, read_train, split_people
 from loss import soft_targets
 
 
@@ -34,7 +22,7 @@ def test_class_code_by_the_task_statement():
     for parts, label in table.items():
         assert encode(*parts) == label and decode(label) == parts
     assert age_band([18, 29, 30, 59, 60, 75]).tolist() == [0, 0, 1, 1, 2, 2]
-    assert d.CLASS_NAMES[10] == "incorrect, female, 30-59" and len(d.CLASS_NAMES) == 18
+    assert layout.CLASS_NAMES[10] == "incorrect, female, 30-59" and len(layout.CLASS_NAMES) == 18
 
 
 @pytest.mark.parametrize("inside", ["", "train", "train/images", "eval", "eval/images"])
@@ -109,7 +97,7 @@ def test_known_wrong_labels_are_fixed_only_in_the_original(tmp_path, caplog):
 
 def people_table(n, seed=0):
     people = make_people(n, seed)
-    genders = [d.GENDERS.index(p.split("_")[1]) for p in people]
+    genders = [layout.GENDERS.index(p.split("_")[1]) for p in people]
     ages = [int(age_band(int(p.split("_")[3]))) for p in people]
     table = pd.DataFrame({"person": people, "gender": genders, "age": ages})
     return table.loc[table.index.repeat(7)].reset_index(drop=True)

@@ -13,9 +13,10 @@ from conftest import FAST, ROOT, run_command
 from safetensors.torch import load_file
 
 import distributed
-from dataset import EpochSampler, read_train
+from dataset import EpochSampler
 from distributed import check_processes
 from errors import InputError
+from layout import read_train
 
 # No batch statistics, so that a batch may be divided; class weights, sampler and averaging are on.
 RUN = [*FAST, "--model", "test_vit", "--resize", "32", "32", "--batch_size", "12", "--epochs", "1", "--eval_steps", "10",

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from checkpoint import find_checkpoint, load_model, read_training_state
-from dataset import read_eval, read_image, read_train
 from errors import InputError
+from layout import read_eval, read_image, read_train
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ", "60")), deadline=5000, database=None,
                 suppress_health_check=list(HealthCheck))

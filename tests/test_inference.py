@@ -12,7 +12,8 @@ from conftest import FAST
 from PIL import Image
 
 from checkpoint import find_checkpoint
-from dataset import Geometry, list_images, read_eval, read_image
+from dataset import Geometry
+from layout import list_images, read_eval, read_image
 
 
 def predict(command, *flags):

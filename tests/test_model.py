@@ -7,8 +7,9 @@ from torch import nn
 
 import model as m
 from checkpoint import load_model, model_config, save_checkpoint
-from dataset import Geometry, decode
+from dataset import Geometry
 from errors import InputError
+from layout import decode
 from model import FactoredHead, create_model, inference_state
 
 SIZE = (64, 48)
