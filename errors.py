@@ -7,6 +7,7 @@ import argparse
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 
 
@@ -37,6 +38,8 @@ def run(main):
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
     finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own handler would raise for those that are killed here
         for child in multiprocessing.active_children():  # the loader's, which ignore SIGTERM
             child.kill()
 
@@ -58,7 +61,8 @@ def explain(error):
         return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"
     if isinstance(error, RuntimeError) and ("shared memory" in text or "bus error" in text.lower()):
         return "too little shared memory for the loader's workers: pass --num_workers 0, or enlarge /dev/shm"
-    if isinstance(error, RuntimeError) and "is killed by signal" in text:
+    # A process that dies while it hands over a batch shows as a closed connection.
+    if "is killed by signal" in text or isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
         return "a loader process was killed, often for lack of memory: lower --num_workers, and go on with --resume"
     return None
 

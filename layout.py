@@ -262,6 +262,8 @@ def read_image(path):
             return image.convert("RGB")
     except InputError:
         raise
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; it may have been deleted since its folder was listed; restore it") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: cannot be decoded ({reason(error)}); restore or remove the file; python check_data.py finds "
                          f"every such file of a dataset at once") from None

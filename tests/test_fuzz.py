@@ -4,6 +4,7 @@ FUZZ=20000 python -m pytest tests/test_fuzz.py runs as many examples of each tes
 """
 import io
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -19,6 +20,16 @@ from layout import read_eval, read_image, read_train
 
 fuzz = settings(max_examples=int(os.environ.get("FUZZ", "60")), deadline=5000, database=None,
                 suppress_health_check=list(HealthCheck))
+MEMORY = 1_000_000  # KiB that any number of damaged files may add; the largest photo allowed takes 192 MB as RGB
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_bounded():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < MEMORY
+
+
 # Places as fractions of the file, so that they fit any file; what is put there, and how many bytes it replaces.
 new_bytes = st.binary(max_size=6) | st.sampled_from([b"0", b"9", b"-", b"\xff\xff\xff\xff", b"\0" * 8])
 edits = st.lists(st.tuples(st.floats(0, 1), new_bytes, st.integers(0, 12)), min_size=1, max_size=6)

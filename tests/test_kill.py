@@ -5,14 +5,16 @@ import shlex
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from conftest import FAST, run_command, start_command
 
 from checkpoint import list_checkpoints
 
-# The default recipe, on a small network: 18 steps in two epochs of 9, evaluated in the middle of each.
-RUN = [*FAST, "--epochs", "2", "--lr", "3e-3", "--eval_steps", "6", "--log_interval", "1", "--valid_batch_size", "1"]
+# The default recipe, on a small network: 18 steps of two batches in two epochs of 9, evaluated in the middle of each.
+RUN = [*FAST, "--batch_size", "8", "--accumulation_steps", "2", "--epochs", "2", "--lr", "3e-3", "--eval_steps", "6",
+       "--patience", "3", "--log_interval", "1", "--valid_batch_size", "1"]
 FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
 
 
@@ -28,16 +30,20 @@ def interrupt(dataset, cwd, number, *flags, line=None, entry=None):
     """Start the run, and send it a signal once a line of its output, or an entry of its folder, is there; its exit code."""
     process, (stdout, _) = start_command("train", ["--data_dir", dataset, *RUN, *flags], cwd, {})
     try:
-        deadline = time.monotonic() + 120
-        while not ((line and stdout.is_file() and re.search(line, stdout.read_text()))
-                   or (entry and os.path.exists(cwd / "results" / entry))):
-            assert process.is_alive() and time.monotonic() < deadline, "the instant to interrupt never came"
-            time.sleep(0.0002)
+        wait_for(process, lambda: (line and stdout.is_file() and re.search(line, stdout.read_text()))
+                 or (entry and os.path.exists(cwd / "results" / entry)))
         os.kill(process.pid, number)
         process.join(120)
     finally:
         process.kill()
     return process.exitcode
+
+
+def wait_for(process, has_come):
+    deadline = time.monotonic() + 120
+    while not has_come():
+        assert process.is_alive() and time.monotonic() < deadline, "the instant to interrupt never came"
+        time.sleep(0.0002)
 
 
 def resume(dataset, cwd, whole, *flags):
@@ -78,6 +84,24 @@ def test_killed_between_two_checkpoints_with_loader_processes(dataset, tmp_path,
     assert interrupt(dataset, tmp_path, signal.SIGKILL, "--num_workers", "2", line="step 15/18") == -signal.SIGKILL
     assert entries(tmp_path) == ["checkpoint-12", "checkpoint-6"]
     assert "resuming from results/checkpoint-12" in resume(dataset, tmp_path, whole, "--num_workers", "1")
+
+
+def test_a_photo_deleted_or_a_loader_process_killed_ends_in_one_line(copy, tmp_path):
+    """The runs end by themselves, and what was written before stays and can be gone on with."""
+    flags = ["--data_dir", copy, *RUN, "--epochs", "20", "--num_workers", "1"]
+    process, (stdout, stderr) = start_command("train", flags, tmp_path, {})
+    wait_for(process, lambda: (tmp_path / "results/checkpoint-6").is_dir())
+    loader, *_ = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(loader), signal.SIGKILL)
+    process.join(120)
+    assert process.exitcode == 2 and stderr.read_text().splitlines()[-1].startswith("error: a loader process was killed")
+    process, (stdout, stderr) = start_command("train", [*flags, "--resume"], tmp_path, {})
+    wait_for(process, lambda: stdout.is_file() and re.search(r"(?s)resuming.*step \d+/", stdout.read_text()))
+    for photo in (copy / "train/images").glob("*/mask1.jpg"):
+        photo.unlink()
+    process.join(120)
+    assert process.exitcode == 2 and re.fullmatch(r"error: .*/mask1.jpg: no such file; .*", stderr.read_text().splitlines()[-1])
+    assert "resuming from results/checkpoint-" in stdout.read_text() and "checkpoint-6" in entries(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
