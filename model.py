@@ -63,7 +63,7 @@ HEADS = ("flat", "factored")
 TTA = ("none", "hflip")  # of which views of a photo the mean is predicted
 
 
-def create_model(name, size, head="flat", weights="none", dropout=0.0, drop_path=0.0):
+def create_model(name, size, head="flat", weights="none", dropout=0.0):
     """Build a classifier of normalized photos (B, 3, *size) into (B, 18) logits.
 
     Args:
@@ -73,8 +73,6 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0, drop_path
         weights: "imagenet" (fetched by timm), "none", or a .safetensors/.pth file of this architecture, loaded without
             running code; its head is ignored.
         dropout: rate before the head, where the architecture has one.
-        drop_path: how often the deepest residual block is skipped for a photo in training, the others in proportion to their
-            depth (stochastic depth, Huang et al. 2016), where the architecture has it.
 
     Raises:
         InputError: for an unknown name, weights that cannot be had or do not fit, or a size the model cannot take.
@@ -85,12 +83,7 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0, drop_path
         huggingface_hub.constants.HF_HUB_OFFLINE |= not _is_reachable(huggingface_hub.constants.ENDPOINT)
     kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout, "pretrained": weights == "imagenet"} | model_args(name, size)
     try:
-        try:
-            model = build(drop_path_rate=drop_path, **kwargs)
-        except TypeError as error:
-            if "drop_path_rate" not in str(error):
-                raise
-            model = build(**kwargs)
+        model = build(**kwargs)
         if hasattr(model, "pretrained_cfg"):  # a bug in a hand-written backbone keeps its traceback
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, *size))

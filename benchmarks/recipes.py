@@ -2,11 +2,12 @@
 
     python -m benchmarks.recipes --data_dir DIR                                         # all rows, full budget
     python -m benchmarks.recipes --data_dir DIR --recipes ce ours --n_folds 3 --seeds 1 2 \\
-        --set "--model tf_efficientnet_lite0 --weights FILE --resize 128 96 --lr 1e-3"  # a scaled budget
+        --set "--model tf_efficientnet_lite0 --weights FILE --resize 128 96"  # a scaled budget
     python -m benchmarks.recipes --people 60 --set "--resize 48 32 --epochs 1"          # do they run at all
 
 A run is train.py in a process of its own. Its folder is OUT/<recipe>/seed-<s>/fold-<k>; runs that are complete are not run
-again, and a stopped one goes on from its last checkpoint. OUT/results.csv is written anew after every run.
+again, and a stopped one goes on from its last checkpoint. OUT/results.csv is written anew after every run, with a row for each
+recipe and seed that is complete under OUT; its gain is that over ours on the same people, with a paired interval.
 """
 import argparse
 import json
@@ -22,6 +23,7 @@ import pandas as pd
 from ensemble import read_members
 from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled, tabulate
 from layout import find_part, read_table, read_train, split_people
+from train import parse_args as parse_train_args
 
 ROOT = Path(__file__).parent.parent
 STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none"  # none of our ideas
@@ -51,13 +53,13 @@ ABLATION = {
     "no-sampler": "--sampler none",
     "no-augmentation": "--augmentation none",
     "no-average": "--ema_decay 0",
-    "no-mirror": "--tta none",
     "no-smoothing": "--label_smoothing 0",
     "flat-head": "--head flat",
     "no-dropout": "--dropout 0",
 }
+NO_MIRROR = "no-mirror"  # the weights of ours
 FOLD_ENSEMBLE = "ours-folds"
-ROWS = [*RECIPES, *ENSEMBLES, *ABLATION, FOLD_ENSEMBLE]
+ROWS = [*RECIPES, *ENSEMBLES, *ABLATION, NO_MIRROR, FOLD_ENSEMBLE]
 
 
 def main(argv=None):
@@ -65,19 +67,15 @@ def main(argv=None):
     out = Path(args.out)
     data_dir = subset(args.data_dir, args.people, out / "data") if args.people else args.data_dir
     wanted = args.recipes or [*RECIPES, *ENSEMBLES]
-    if FOLD_ENSEMBLE in wanted and not data_dir:
-        sys.exit(f"{FOLD_ENSEMBLE} divides a dataset again; pass --data_dir")
+    if {FOLD_ENSEMBLE, NO_MIRROR} & set(wanted) and not data_dir:
+        sys.exit(f"{FOLD_ENSEMBLE} and {NO_MIRROR} predict photos of a dataset; pass --data_dir")
     wanted += [member for name in wanted for member in ENSEMBLES.get(name, ())]
-    single = [name for name in ROWS if name in wanted and name not in ENSEMBLES]
-    rows = []
+    wanted += ["ours"] if NO_MIRROR in wanted else []
     for seed in args.seeds:
-        for name in single:
-            rows.append(score(name, seed, run(name, seed, data_dir, out, args.n_folds, args.set, args.members)))
-            save(rows, out)
-        for name in [name for name in ENSEMBLES if name in wanted]:
-            rows.append(score_ensemble(name, seed, [folders(out, member, seed, args.n_folds) for member in ENSEMBLES[name]]))
-            save(rows, out)
-    print(summary(rows))
+        for name in [name for name in ROWS if name in wanted and name not in ENSEMBLES]:
+            run(name, seed, data_dir, out, args.n_folds, args.set, args.members)
+            score(out, args.n_folds).to_csv(out / "results.csv", index=False, float_format="%.4f")
+    print(summary(score(out, args.n_folds)))
 
 
 def command(name):
@@ -109,22 +107,37 @@ def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
         started = time.perf_counter()
         if name == FOLD_ENSEMBLE:
             speed = run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members)
+        elif name == NO_MIRROR:
+            speed = None
+            photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)[1]
+            predict([folders(out, "ours", seed, n_folds)[fold]], photos, folder, "--tta", "none")
         else:
             stdout = python("train.py", *flags, "--output_dir", folder, "--resume")
             speed = pd.Series(re.findall(r"([\d.]+) images/s", stdout), dtype=float).median()
         record.write_text(json.dumps({"flags": made_with, "seconds": time.perf_counter() - started, "images_per_second": speed}))
-    return folders(out, name, seed, n_folds)
 
 
 def run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members):
     """Train ours on folds of the training people, and predict the held-out people with the mean; returns images/s."""
-    train_photos, valid_photos = split_people(read_train(data_dir), 0.2, seed, n_folds, fold)
-    members = run("ours", seed, link_people(data_dir, set(train_photos.person), folder / "data"), folder, num_members, overrides)
-    python("inference.py", "--model_dir", *members, "--data_dir", *valid_photos.path, "--output", folder / "predictions.csv",
-           "--save_probs", folder / "probabilities.csv")
-    probabilities = pd.read_csv(folder / "probabilities.csv", index_col="ImageID").loc[valid_photos.path].to_numpy()
-    tabulate(valid_photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)
+    train_photos, valid_photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)
+    run("ours", seed, link_people(data_dir, set(train_photos.person), folder / "data"), folder, num_members, overrides)
+    members = folders(folder, "ours", seed, num_members)
+    predict(members, valid_photos, folder)
     return pd.Series([json.loads((member / "recipe.json").read_text())["images_per_second"] for member in members]).mean()
+
+
+def predict(members, photos, folder, *flags):
+    """Write the predictions of held-out photos by the mean of members, as train.py would."""
+    folder.mkdir(parents=True, exist_ok=True)
+    python("inference.py", "--model_dir", *members, "--data_dir", *photos.path, *flags, "--output", folder / "predictions.csv",
+           "--save_probs", folder / "probabilities.csv")
+    probabilities = pd.read_csv(folder / "probabilities.csv", index_col="ImageID").loc[photos.path].to_numpy()
+    tabulate(photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)
+
+
+def value_of(flag, overrides):
+    """What train.py makes of a flag."""
+    return getattr(parse_train_args(shlex.split(overrides)), flag)
 
 
 def python(script, *argv):
@@ -135,37 +148,48 @@ def python(script, *argv):
     return done.stdout
 
 
-def score(name, seed, results):
-    """A row of the table: the held-out photos of all folds pooled."""
-    pooled = read_pooled(results)
-    records = [json.loads((folder / "recipe.json").read_text()) for folder in results]
-    return row(name, seed, pooled, sum(record["seconds"] for record in records),
-               sum(record["images_per_second"] for record in records) / len(records))
+def score(out, n_folds):
+    """A row for each recipe and seed that is complete under `out`, from the held-out photos of all folds pooled."""
+    rows = []
+    for seed in sorted({int(folder.name.removeprefix("seed-")) for folder in out.glob("*/seed-*")}):
+        ours = read_row(out, "ours", seed, n_folds)
+        for name in ROWS:
+            pooled, records = read_row(out, name, seed, n_folds)
+            if pooled is None:
+                continue
+            labels, answers, people = pooled.label, pooled["ans"], pooled.person
+            low, high = bootstrap_interval(labels, answers, people)
+            row = {"recipe": name, "seed": seed, "people": people.nunique(), "macro_f1": macro_f1(labels, answers), "low": low,
+                   "high": high, **attribute_f1(labels, answers), **records}
+            if ours[0] is not None and name != "ours":
+                baseline = ours[0]["ans"].reindex(pooled.index)
+                row["gain"] = row["macro_f1"] - macro_f1(labels, baseline)
+                row["gain_low"], row["gain_high"] = bootstrap_interval(labels, answers, people, baseline)
+            rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def score_ensemble(name, seed, members):
-    """The row of a soft vote: the mean of the members' probabilities for the same held-out photos."""
-    table, probabilities = read_members(members)
-    return row(name, seed, table.assign(ans=probabilities.mean(axis=0).argmax(axis=1)), None, None)
+def read_row(out, name, seed, n_folds):
+    """(held-out predictions, {seconds, images_per_second}) of a recipe's runs, or (None, {}) unless all are complete."""
+    members = [folders(out, member, seed, n_folds) for member in ENSEMBLES.get(name, [name])]
+    if not all((folder / "recipe.json").is_file() for member in members for folder in member):
+        return None, {}
+    if name in ENSEMBLES:  # a soft vote: the mean of the members' probabilities for the same held-out photos
+        table, probabilities = read_members(members)
+        return table.assign(ans=probabilities.mean(axis=0).argmax(axis=1)), {}
+    records = pd.DataFrame([json.loads((folder / "recipe.json").read_text()) for folder in members[0]])
+    return read_pooled(members[0]), {"seconds": records.seconds.sum(), "images_per_second": records.images_per_second.mean()}
 
 
-def row(name, seed, pooled, seconds, speed):
-    low, high = bootstrap_interval(pooled.label, pooled["ans"], pooled.person)
-    return {"recipe": name, "seed": seed, "people": pooled.person.nunique(), "macro_f1": macro_f1(pooled.label, pooled["ans"]),
-            "low": low, "high": high, **attribute_f1(pooled.label, pooled["ans"]), "seconds": seconds, "images_per_second": speed}
-
-
-def save(rows, out):
-    pd.DataFrame(rows).to_csv(out / "results.csv", index=False, float_format="%.4f")
-
-
-def summary(rows):
-    """A line a recipe: mean and spread over seeds, the widest interval over people, F1 per attribute, time and speed."""
-    table = pd.DataFrame(rows).groupby("recipe", sort=False)
-    lines = table[["macro_f1", "mask", "gender", "age", "seconds", "images_per_second"]].mean()
-    lines.insert(1, "spread", table.macro_f1.std())
-    lines.insert(2, "low", table.low.min())
-    lines.insert(3, "high", table.high.max())
+def summary(table):
+    """A line a recipe: mean and spread over seeds, the widest intervals over people, F1 per attribute, time and speed."""
+    rows = table.groupby("recipe", sort=False)
+    lines = rows[["macro_f1", "mask", "gender", "age", "seconds", "images_per_second"]].mean()
+    lines.insert(1, "spread", rows.macro_f1.std())
+    lines.insert(2, "low", rows.low.min())
+    lines.insert(3, "high", rows.high.max())
+    if "gain" in table:
+        lines = lines.assign(gain=rows.gain.mean(), gain_low=rows.gain_low.min(), gain_high=rows.gain_high.max())
     return lines.round(4).to_string()
 
 

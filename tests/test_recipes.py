@@ -3,7 +3,9 @@ import re
 import shlex
 
 import pandas as pd
+import pytest
 from conftest import FAST, ROOT
+from sklearn.metrics import f1_score
 
 from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command, main
 from inference import parse_args as parse_inference_args
@@ -24,12 +26,21 @@ def test_the_readme_shows_the_commands_that_are_run():
 
 
 def test_rows_run_once_and_the_mean_of_folds_is_scored_on_people_that_no_fold_has_seen(tmp_path, dataset, capsys):
-    recipes = ["--data_dir", str(dataset), "--recipes", "ours-folds", "--members", "2",
+    recipes = ["--data_dir", str(dataset), "--recipes", "no-mirror", "ensemble", "ours-folds", "--members", "2",
                "--set", shlex.join([*FAST, "--epochs", "1"]), "--out", str(tmp_path / "out")]
     main(recipes)
     assert "ours-folds, seed 1, split:" in capsys.readouterr().out
     table = pd.read_csv(tmp_path / "out/results.csv")
-    assert table.recipe.tolist() == ["ours-folds"] and table.people.item() == 5
+    assert table.recipe.tolist() == ["resnet", "vgg11-tuned", "loss-weight", "ours", "ensemble", "no-mirror", "ours-folds"]
+    assert table.people.tolist() == [5] * 7
+    votes = {row: pd.read_csv(tmp_path / f"out/{row}/seed-1/split/valid_predictions.csv")
+             for row in set(table.recipe) - {"ensemble"}}
+    vote = sum(votes[row].filter(regex=r"^p\d+$").to_numpy() for row in ("loss-weight", "vgg11-tuned", "resnet")).argmax(axis=1)
+    for row, answers in [("ensemble", vote), ("no-mirror", votes["no-mirror"]["ans"]), ("ours-folds", votes["ours-folds"]["ans"])]:
+        truth, by_ours = votes["ours"].label, f1_score(votes["ours"].label, votes["ours"]["ans"], labels=range(18), average="macro")
+        expected = f1_score(truth, answers, labels=range(18), average="macro")
+        assert table.macro_f1[table.recipe == row].item() == pytest.approx(expected, abs=1e-4)
+        assert table.gain[table.recipe == row].item() == pytest.approx(expected - by_ours, abs=2e-4)
     split = tmp_path / "out/ours-folds/seed-1/split"
     held_out = set(pd.read_csv(split / "valid_predictions.csv").person)
     one, other = (set(pd.read_csv(split / f"ours/seed-1/fold-{k}/valid_predictions.csv").person) for k in range(2))
