@@ -206,7 +206,7 @@ def save_checkpoint(output_dir, model, config, trainer_state, predictions, train
 def write_checksums(folder):
     """Write a checkpoint's SHA256SUMS anew; for one that was edited on purpose."""
     files = sorted(path for path in Path(folder).iterdir() if path.name != CHECKSUMS)
-    (folder / CHECKSUMS).write_text("".join(f"{_sha256(path)}  {path.name}\n" for path in files))
+    (folder / CHECKSUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
 
 
 def write_json(path, value):
@@ -303,7 +303,7 @@ def verify(folder, names=()):
         text = (folder / CHECKSUMS).read_text(errors="replace")
         sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.M)}
         for name in names or [*sums, "training_state.pt"]:
-            if _sha256(folder / name) != sums.get(name):
+            if sha256(folder / name) != sums.get(name):
                 raise InputError(f"{folder / name}: damaged, not what was written by its {CHECKSUMS}; use another checkpoint")
     except FileNotFoundError as error:
         raise InputError(f"{error.filename}: missing, so the checkpoint is half-written; use another checkpoint") from None
@@ -355,7 +355,8 @@ def _numbers(value, length, low, high):
     return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) and low <= x <= high for x in value)
 
 
-def _sha256(path):
+def sha256(path):
+    """The SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -20,6 +20,7 @@ import distributed
 from checkpoint import find_checkpoint, load_model
 from dataset import Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, run
+from export import find_onnx, onnx_predictor
 from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, find_part, list_images, read_eval
 from model import TTA
 
@@ -34,22 +35,29 @@ def main(argv=None):
         raise InputError(f"--model_weights {args.model_weights}: expected a number >= 0 for each of the {len(checkpoints)} "
                          f"--model_dir, not all 0")
     members = [load_model(checkpoint) for checkpoint in checkpoints]
+    configs = [config for _, config in members]
+    if args.engine == "onnxruntime":
+        with distributed.main_first():
+            predictors = [onnx_predictor(find_onnx(checkpoint)) for checkpoint in checkpoints]
+    else:
+        predictors = [torch_predictor(model.to(device, memory_format=torch.channels_last), (config["mean"], config["std"]), device,
+                                      args.amp) for model, config in members]
 
-    photos, data_dir, is_eval = choose_photos(args.data_dir, members[0][1], checkpoints[0])
+    photos, data_dir, is_eval = choose_photos(args.data_dir, configs[0], checkpoints[0])
     output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
     rank = distributed.rank()
     if rank == 0:
         print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
               f"{', '.join(map(str, checkpoints))}")
 
-    probabilities, answers = np.zeros((len(photos), NUM_CLASSES)), []
-    for (model, config), weight in zip(members, weights / weights.sum(), strict=True):
-        dataset = MaskDataset(photos[["path"]], Geometry(config["size"], config["crop"]))
+    by_member = np.zeros((len(members), len(photos), NUM_CLASSES))
+    geometries = [(tuple(config["size"]), tuple(config["crop"])) for config in configs]
+    for geometry in dict.fromkeys(geometries):  # members of one geometry share its photos
+        same = [i for i, other in enumerate(geometries) if other == geometry]
+        dataset = MaskDataset(photos[["path"]], Geometry(*geometry))
         loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
-        model.to(device, memory_format=torch.channels_last)
-        own = infer(model, loader, (config["mean"], config["std"]), device, args.tta or config["tta"], args.amp)
-        probabilities += weight * own
-        answers.append(own.argmax(axis=1))
+        by_member[same] = infer([(predictors[i], args.tta or configs[i]["tta"]) for i in same], loader)
+    probabilities = np.tensordot(weights / weights.sum(), by_member, 1)
 
     distributed.leave()
     if rank:
@@ -60,9 +68,9 @@ def main(argv=None):
         table = table.join(readable(probabilities, predictions))
         print(table.head(10).to_string(index=False))
     check_predictions(table, photos, probabilities)
-    print(histogram(predictions, members[0][1].get("class_counts")))
-    for checkpoint, answer in zip(checkpoints, answers, strict=True) if len(members) > 1 else []:
-        print(f"{checkpoint} differs from the vote on {(answer != predictions).mean():.1%} of the photos")
+    print(histogram(predictions, configs[0].get("class_counts")))
+    for checkpoint, own in zip(checkpoints, by_member, strict=True) if len(members) > 1 else []:
+        print(f"{checkpoint} differs from the vote on {(own.argmax(axis=1) != predictions).mean():.1%} of the photos")
     if args.save_probs:
         columns = pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)])
         write_csv(pd.concat([photos[["ImageID"]], columns], axis=1), args.save_probs)
@@ -75,25 +83,33 @@ def main(argv=None):
 
 
 @torch.inference_mode()
-def infer(model, loader, statistics, device, tta="none", amp=None):
-    """Class probabilities of every photo of a loader, in its order: (N, 18), float32. Training's validation uses it, too.
+def infer(members, loader):
+    """Class probabilities of every photo of a loader by every member, in order: (K, N, 18), float32. Validation uses it, too.
 
     Args:
-        model: in evaluation mode, on `device`.
-        loader: of batches that begin with uint8 images.
-        statistics: (mean, std) of the normalization.
-        tta: "hflip" takes the mean over each photo and its mirror image.
-        amp: mixed precision; None means on CUDA only.
+        members: K pairs (predict, tta): a function as `torch_predictor` gives; "hflip" for the mean over each photo and its
+            mirror image, or "none".
+        loader: of batches that begin with uint8 images (B, 3, H, W).
     """
     outputs = []
     for images, *_ in tqdm(loader, disable=distributed.rank() > 0 or None, leave=False, desc="predict"):
-        images = normalize(images, *statistics, device)
+        outputs.append(torch.stack([predict(images) if tta == "none" else (predict(images) + predict(images.flip(3))) / 2
+                                    for predict, tta in members]))
+    return torch.cat(distributed.in_order([output.cpu() for output in outputs]), dim=1).numpy()
+
+
+def torch_predictor(model, statistics, device, amp=None):
+    """A function from uint8 photos (B, 3, H, W) to probabilities (B, 18) on the device.
+
+    Args:
+        model: in evaluation mode, on `device`.
+        statistics: (mean, std) of the normalization.
+        amp: mixed precision; None means on CUDA only.
+    """
+    def predict(images):
         with autocast(device, amp):
-            probabilities = model(images).float().softmax(dim=1)
-            if tta == "hflip":
-                probabilities = (probabilities + model(images.flip(3)).float().softmax(dim=1)) / 2
-        outputs.append(probabilities)
-    return torch.cat(distributed.in_order([output.cpu() for output in outputs])).numpy()
+            return model(normalize(images, *statistics, device)).float().softmax(dim=1)
+    return predict
 
 
 def autocast(device, amp=None):
@@ -204,6 +220,8 @@ def parse_args(argv=None):
     parser.add_argument("--output", help="csv to write (default: submission.csv; predictions.csv for photos without an info.csv)")
     parser.add_argument("--save_probs", metavar="CSV", help="also write the 18 probabilities of each photo")
     # machine
+    parser.add_argument("--engine", choices=["torch", "onnxruntime"], default="torch",
+                        help="onnxruntime: by the checkpoint's model.onnx, on the CPU (requirements-onnx.txt)")
     parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
@@ -211,6 +229,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if "" in (args.data_dir or []):
         raise InputError("--data_dir: is empty; expected a dataset, photo folder or files")
+    if args.engine == "onnxruntime":
+        if args.device not in ("auto", "cpu") or args.amp:
+            raise InputError("--engine onnxruntime predicts on the CPU in full precision; pass --engine torch, or neither --device "
+                             "nor --amp")
+        args.device = "cpu"
     if args.valid_batch_size < 1:
         raise InputError(f"--valid_batch_size {args.valid_batch_size}: expected at least 1")
     return args

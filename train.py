@@ -36,7 +36,7 @@ from checkpoint import (
 from dataset import AUGMENTATIONS, SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
-from inference import autocast, choose_device, choose_workers, infer
+from inference import autocast, choose_device, choose_workers, infer, torch_predictor
 from layout import NUM_CLASSES, find_part, read_train, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, input_statistics
@@ -273,7 +273,7 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
 def evaluate(model, loader, photos, statistics, device, tta, amp):
     """Predict the validation photos: the table of `tabulate`."""
     model.eval()
-    return tabulate(photos, infer(model, loader, statistics, device, tta, amp))
+    return tabulate(photos, infer([(torch_predictor(model, statistics, device, amp), tta)], loader)[0])
 
 
 def update_best(state):
