@@ -65,10 +65,10 @@ def check_images(paths):
 def _check_image(path):
     size = mode = "?"
     try:
-        image = read_image(path)
+        pixels = read_image(path)
         with Image.open(path) as original:
             size, mode = "{} x {}".format(*original.size), original.mode
-        return "", size, mode, hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        return "", size, mode, hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
     except InputError as error:
         return str(error), size, mode, ""
 

@@ -8,10 +8,13 @@
 A person is a folder. Photos travel as a pandas table, one row a photo (`read_train`, `read_eval`), and an image is
 opened only when it is needed. Nothing here needs torch, so that what only reads and counts starts at once.
 """
+import io
 import logging
+import math
 import os
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
@@ -29,6 +32,8 @@ NUM_CLASSES = len(CLASS_NAMES)
 MASK_OF_SHOT = {**{f"mask{i}": 0 for i in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 MIN_SIDE, MAX_PIXELS = 16, 64_000_000
+ORIENTATION = 0x0112  # in EXIF
+REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
 # Wrong labels of the original dataset on which 19 to 28 independent solutions agree.
 WRONG_GENDER = {**{f"00{i}": "male" for i in range(6359, 6365)}, "001498-1": "female", "004432": "female"}
@@ -242,31 +247,51 @@ def _fix_labels(photos):
     return photos
 
 
-def read_image(path):
-    """Decode any photo to an upright 8-bit RGB PIL image: gray, palette, alpha, CMYK, 16-bit and EXIF-rotated alike.
+def read_image(path, at_least=(math.inf, math.inf)):
+    """Decode any photo to upright RGB: gray, palette, alpha, CMYK, 16-bit and EXIF-rotated alike.
+
+    Args:
+        path: of the photo.
+        at_least: (height, width) that the photo must keep: a JPEG may be decoded at a half, a quarter or an eighth of its size as
+            long as neither side becomes smaller.
+
+    Returns:
+        uint8 array (height, width, 3).
 
     Raises:
         InputError: if it cannot be decoded, has a side under 16 pixels, or more than 64 million pixels.
     """
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file:
+            data = file.read()
+        with Image.open(io.BytesIO(data)) as image:
             width, height = image.size
             if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
                 raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least {MIN_SIDE} and at most "
                                  f"{MAX_PIXELS:,} pixels; remove or resize it")
+            # The usual kind, whole and upright: OpenCV gives the same pixels in half the time. It does not tell a cut-off file.
+            if image.format == "JPEG" and image.mode == "RGB" and data.endswith(b"\xff\xd9") and _is_upright(image):
+                factor = max(n for n in (1, 2, 4, 8) if n == 1 or (height >= n * at_least[0] and width >= n * at_least[1]))
+                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION)
+                if pixels is not None:
+                    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB, dst=pixels)
             image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):
                 # Pillow would clip 16 bits to 8; keep the high byte instead.
                 pixels = np.asarray(image).astype(np.float64)
                 image = Image.fromarray((pixels / 256).clip(0, 255).astype(np.uint8))
-            return image.convert("RGB")
+            return np.array(image.convert("RGB"))
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it may have been deleted since its folder was listed; restore it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
         raise InputError(f"{path}: cannot be decoded ({reason(error)}); restore or remove the file; python check_data.py finds "
                          f"every such file of a dataset at once") from None
+
+
+def _is_upright(image):
+    return "exif" not in image.info or image.getexif().get(ORIENTATION, 1) == 1
 
 
 # --- the person split ---

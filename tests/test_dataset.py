@@ -1,4 +1,5 @@
 import logging
+import math
 import os
 import shutil
 
@@ -143,7 +144,7 @@ def test_modes_are_converted_alike(tmp_path):
                 "16bit.png": Image.fromarray(ramp.astype(np.uint16) * 257), "cmyk.jpg": Image.fromarray(rgb).convert("CMYK")}
     for name, image in variants.items():
         image.save(tmp_path / name, **({"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}))
-        read = np.asarray(read_image(tmp_path / name)).astype(int)
+        read = read_image(tmp_path / name).astype(int)
         assert read.shape == (32, 32, 3), name
         assert abs(read - rgb).max() <= 4, name
 
@@ -154,16 +155,66 @@ def test_exif_rotation_is_undone(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned a quarter clockwise when shown
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    read = np.asarray(read_image(tmp_path / "a.jpg"))
+    read = read_image(tmp_path / "a.jpg")
     assert read.shape == (40, 20, 3) and read[:15].mean() > 240 and read[25:].mean() < 10
 
 
 def test_geometry_is_the_centre_crop_by_hand():
     pixels = np.arange(40 * 20, dtype=np.float64).reshape(40, 20) % 251
-    image = Image.fromarray(np.stack([pixels.astype(np.uint8)] * 3, axis=2))
+    image = np.stack([pixels.astype(np.uint8)] * 3, axis=2)
     # half the height and width, at the resolution it has: a plain slice
     assert (Geometry((20, 10), (0.5, 0.5))(image)[:, :, 0] == pixels[10:30, 5:15]).all()
     assert Geometry((8, 6))(image).shape == (8, 6, 3)  # (height, width), never the other way round
+
+
+def smooth_photo(height, width):
+    y, x = np.mgrid[:height, :width] / 40
+    return np.stack([127 + 120 * np.sin(x + y), 127 + 120 * np.cos(x - y), 127 + 120 * np.sin(2 * x)], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("height", "width"), [(200, 120), (480, 300), (1200, 900)])  # one pass; antialiased first; much
+def test_a_jitter_that_moves_nothing_is_the_geometry_alone(height, width):
+    photo, geometry = smooth_photo(height, width), Geometry((120, 90), (0.8, 0.9))
+    difference = np.abs(geometry(photo, np.eye(3)).astype(int) - geometry(photo))[2:-2, 2:-2]
+    assert difference.mean() < 1.5 and difference.max() <= 12
+
+
+def test_jitter_by_hand():
+    photo, geometry = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8), Geometry((20, 10), (0.5, 1 / 3))
+    moved = np.array([[1, 0, -3], [0, 1, 2], [0, 0, 1]])  # each pixel comes from 3 to the left and 2 below
+    assert (geometry(photo, moved) == photo[12:32, 7:17]).all()
+    outside = np.array([[1, 0, 0], [0, 1, 15], [0, 0, 1]])  # rows 25 .. 44 of 40: the last five are reflections of 38 .. 34
+    assert (geometry(photo, outside) == np.concatenate([photo[25:40, 10:20], photo[38:33:-1, 10:20]])).all()
+
+
+@pytest.mark.parametrize("augmentation", ["base", "strong"])
+def test_jitter_moves_to_all_sides_alike(augmentation):
+    """A shift in one direction only would train on faces that stand elsewhere than those of validation."""
+    jitter, size, rng = AUGMENTATIONS[augmentation]()[0], (100, 50), np.random.default_rng(0)
+    draws = [jitter.draw(rng, size) for _ in range(4000)]
+    matrices = np.array([matrix for _, matrix in draws if matrix is not None])
+    assert len(matrices) / 4000 == pytest.approx(jitter.p, abs=0.03)
+    assert np.mean([is_mirrored for is_mirrored, _ in draws]) == pytest.approx(0.5, abs=0.03)
+    centre = np.array([24.5, 49.5, 1])
+    moves = (matrices @ centre - centre)[:, :2] / (50, 100)
+    largest = jitter.shift * 1.5 / jitter.zoom[0]  # the turn mixes both axes, by less than a half more
+    assert (np.abs(moves) < largest).all() and (np.abs(moves.mean(axis=0)) < 0.1 * jitter.shift).all()
+    zoom = 1 / np.linalg.norm(matrices[:, :2, :2], axis=1)
+    low, high = jitter.zoom
+    assert low <= zoom.min() < low + 0.01 and high - 0.01 < zoom.max() <= high
+    turn = np.degrees(np.arctan2(matrices[:, 1, 0], matrices[:, 0, 0]))
+    assert -jitter.rotate <= turn.min() < 1 - jitter.rotate and jitter.rotate - 1 < turn.max() <= jitter.rotate
+
+
+def test_a_large_jpeg_is_decoded_no_smaller_than_asked_and_as_pillow_does(tmp_path):
+    Image.fromarray(smooth_photo(400, 320)).save(tmp_path / "a.jpg", quality=95)
+    pillow = Image.open(tmp_path / "a.jpg").convert("RGB")
+    for at_least, shape in [((math.inf, math.inf), (400, 320)), ((201, 100), (400, 320)), ((200, 160), (200, 160)),
+                            ((100, 60), (100, 80)), ((1, 1), (50, 40))]:
+        read = read_image(tmp_path / "a.jpg", at_least)
+        assert read.shape == (*shape, 3)
+        assert np.abs(read.astype(int) - np.asarray(pillow.resize(shape[::-1], Image.Resampling.BOX))).mean() < 3
+    assert np.abs(read_image(tmp_path / "a.jpg").astype(int) - np.asarray(pillow)).max() <= 2
 
 
 def test_training_and_validation_share_the_geometry_and_only_training_is_augmented(dataset):
