@@ -3,6 +3,7 @@
 Every random draw comes from (seed, epoch, position in the epoch), so that the batches of a step are the same for any
 number of workers, after a resume, and for any order of a directory listing.
 """
+import functools
 import os
 import random
 import signal
@@ -237,5 +238,9 @@ def _start_worker(worker_id):
 def normalize(images, mean, std, device):
     """A uint8 batch (B, 3, H, W) to a float batch on `device`, channels last: (images / 255 - mean) / std."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last).float()
-    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (mean, std))
-    return images.sub_(mean).div_(std)
+    return images.sub_(_per_channel(tuple(mean), device)).div_(_per_channel(tuple(std), device))
+
+
+@functools.cache  # a tensor made on the device would make the host wait for every batch
+def _per_channel(values, device):
+    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255

@@ -28,6 +28,7 @@ from model import TTA
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.join(choose_device(args.device))
+    tune(device)
     check_output(args.output, args.save_probs)
     checkpoints = [find_checkpoint(model_dir) for model_dir in args.model_dir]
     weights = np.ones(len(checkpoints)) if args.model_weights is None else np.array(args.model_weights)
@@ -131,6 +132,16 @@ def choose_device(name):
         there = ", ".join(kind for kind, is_there in available.items() if is_there)
         raise InputError(f"--device {name}: not there; this machine has {there}; pass --device auto")
     return torch.device(name)
+
+
+def tune(device, deterministic=False):
+    """Let CUDA try its convolutions for the fastest and round float32 to TF32, or let every operation repeat itself exactly."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    elif device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
 
 
 def choose_workers(num_workers, device):

@@ -36,7 +36,7 @@ from checkpoint import (
 from dataset import AUGMENTATIONS, SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
-from inference import autocast, choose_device, choose_workers, infer, torch_predictor
+from inference import autocast, choose_device, choose_workers, infer, torch_predictor, tune
 from layout import NUM_CLASSES, find_part, read_train, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, input_statistics
@@ -66,6 +66,7 @@ def main(argv=None):
         argv = resume_argv(argv)
     args = parse_args(argv)
     device = distributed.join(choose_device(args.device))
+    tune(device, args.deterministic)
     is_main = distributed.rank() == 0
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     output_dir = Path(args.output_dir)
@@ -380,6 +381,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    parser.add_argument("--deterministic", action="store_true", help="on CUDA, too, equal runs give equal bits; slower")
     parser.add_argument("--seed", type=int, default=1, help="of everything random")
     parser.set_defaults(**defaults or {})
     args = parser.parse_args(argv)

@@ -163,7 +163,7 @@ def test_evaluations_do_not_change_training(command, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--optimizer", "SGD", "--ema_decay", "0"], ["--optimizer", "nadamw"],
-                                   ["--head", "flat", "--augmentation", "none"], ["--criterion", "ce_f1"]])
+                                   ["--head", "flat", "--augmentation", "none", "--deterministic"], ["--criterion", "ce_f1"]])
 def test_other_switches_train(command, dataset, flags):
     train(command, dataset, "results", *flags)
 
