@@ -26,7 +26,7 @@ from layout import find_part, read_table, read_train, split_people
 from train import parse_args as parse_train_args
 
 ROOT = Path(__file__).parent.parent
-STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none"  # none of our ideas
+STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none --dropout 0.2"  # none of our ideas
 PLAIN = f"{STOCK} --augmentation none --criterion cross_entropy --sampler none"
 UNTUNED = "--resize 128 96 --lr 1e-3 --dropout 0"  # small photos, the first rate tried
 
