@@ -61,8 +61,9 @@ def explain(error):
         return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"
     if isinstance(error, RuntimeError) and ("shared memory" in text or "bus error" in text.lower()):
         return "too little shared memory for the loader's workers: pass --num_workers 0, or enlarge /dev/shm"
-    # A process that dies while it hands over a batch shows as a closed connection.
-    if "is killed by signal" in text or isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError)):
+    # A process that dies while it hands over a batch shows as a closed connection, or is missed later on.
+    is_cut_off = isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))
+    if is_cut_off or "is killed by signal" in text or "exited unexpectedly" in text:
         return "a loader process was killed, often for lack of memory: lower --num_workers, and go on with --resume"
     return None
 
