@@ -1,4 +1,5 @@
-"""Look at every photo of a dataset before a run does: what cannot be decoded, what occurs twice, and what there is.
+"""Look at every photo of a dataset before a run does: what cannot be decoded, what recurs with another person or part, and
+what there is.
 
     python check_data.py DIR                          # exit status 0: all is well, 1: something was found, 2: cannot be read
 """
@@ -51,15 +52,15 @@ def check_images(paths):
     """Decode photos as training does, on all cores: a table in their order.
 
     Args:
-        paths: of the photos.
+        paths: Series of strings.
 
     Returns:
-        DataFrame: error (the one line that training would end with, or ""), size ("384 x 512", width x height), mode (Pillow's) and
-        digest (of the upright RGB pixels; "" where there are none).
+        DataFrame with its index: error (the one line that training would end with, or ""), size ("384 x 512", width x height),
+        mode (Pillow's) and digest (of the upright RGB pixels; "" where there are none).
     """
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow and hashlib let other threads run
         rows = list(tqdm(pool.map(_check_image, paths), total=len(paths), disable=None, unit="photo", desc="check"))
-    return pd.DataFrame(rows, columns=["error", "size", "mode", "digest"], index=getattr(paths, "index", None))
+    return pd.DataFrame(rows, columns=["error", "size", "mode", "digest"], index=paths.index)
 
 
 def _check_image(path):

@@ -76,7 +76,7 @@ def check_output_dir(output_dir, resumes, overwrites, argv):
 def lock_output_dir(output_dir):
     """Make the results folder this process's own until it ends, however it ends; the open file must be kept.
 
-    What a killed run had begun to write goes.
+    What a killed run had only begun to write is removed.
 
     Raises:
         InputError: if another run is in it.
@@ -204,7 +204,7 @@ def save_checkpoint(output_dir, model, config, trainer_state, predictions, train
 
 
 def write_checksums(folder):
-    """Write a checkpoint's SHA256SUMS anew; for one that was edited on purpose."""
+    """Write a checkpoint's SHA256SUMS anew, after its files were written or edited on purpose."""
     files = sorted(path for path in Path(folder).iterdir() if path.name != CHECKSUMS)
     (folder / CHECKSUMS).write_text("".join(f"{sha256(path)}  {path.name}\n" for path in files))
 
@@ -264,7 +264,7 @@ def load_model(folder):
     """The model of a checkpoint in evaluation mode, on the CPU, and our part of its config.json.
 
     Returns:
-        (model, config): config has size, crop, tta, mean, std, classes and what `model_config` was told of the dataset.
+        (model, config): config has model, size, crop, tta, mean, std, classes and what `model_config` was told of the dataset.
 
     Raises:
         InputError: for a half-written or damaged checkpoint, another format, or another number of classes.
@@ -294,7 +294,7 @@ def load_model(folder):
 
 
 def verify(folder, names=()):
-    """Compare a checkpoint's files with its SHA256SUMS: those of `names`, or all.
+    """Compare a checkpoint's files with its SHA256SUMS: those of `names`, or all, training_state.pt among them.
 
     Raises:
         InputError: if one is missing, or is not what was written.

@@ -21,6 +21,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 
+MILD = 1.35  # up to which shrinking needs no antialiasing
+
 
 class Geometry:
     """The one deterministic geometry of training, validation and inference: centre crop, then resize.
@@ -63,9 +65,6 @@ class Geometry:
         """(top, left, height, width) of the centre crop, not yet rounded."""
         height, width = pixels.shape[0] * self.crop[0], pixels.shape[1] * self.crop[1]
         return (pixels.shape[0] - height) / 2, (pixels.shape[1] - width) / 2, height, width
-
-
-MILD = 1.35  # up to which shrinking needs no antialiasing
 
 
 def _resize(pixels, size):

@@ -1,4 +1,4 @@
-"""Several processes, one a GPU, by torchrun: who this one is, and what all of them agree on. In one process all of it is empty.
+"""Several processes, one a GPU, by torchrun: who this one is, and what all of them agree on. In one process these are no-ops.
 
     torchrun --nproc_per_node=8 train.py --batch_size 128 ...
     torchrun --nproc_per_node=8 inference.py --model_dir=./results
@@ -76,14 +76,14 @@ def in_order(batches):
 
 
 def mean(tensor):
-    """The mean over the processes."""
+    """The mean over the processes, in the tensor's own place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
         tensor /= world_size()
     return tensor
 
 
-def most(number):
+def maximum(number):
     """The largest int of any process."""
     return max(gather(number))
 
@@ -99,10 +99,11 @@ def wrap(model):
 
 
 def check_processes(criterion, sampler):
-    """InputError for what several processes cannot share."""
-    if world_size() > 1 and criterion in ("f1", "ce_f1", "focal_f1"):
-        raise InputError(f"--criterion {criterion}: soft F1 over a batch is not the mean of its parts, so that processes cannot "
-                         f"share it; pass another --criterion, or one process")
+    """InputError for what several processes cannot share: a loss that is not the mean of its parts, or a batch too small."""
+    for part in criterion.modules() if world_size() > 1 else []:
+        if not getattr(part, "adds_up", True):
+            raise InputError(f"--criterion: {type(part).__name__} over a batch is not the mean over its parts, so that processes "
+                             f"cannot share it; pass another --criterion, or one process")
     if min(sampler.sizes()) < world_size():
         raise InputError(f"--batch_size: a batch of {min(sampler.sizes())} photos cannot be shared by {world_size()} "
                          f"processes; --batch_size counts all of them together, raise it")
@@ -119,10 +120,10 @@ class Stopper:
         self.signal = number
         for each, handler in self.before.items():
             signal.signal(each, handler)
-        os.write(2, b"\nstopping at the end of this step; once more stops at once\n")  # print is not safe in here
+        os.write(2, b"\nstopping at the end of a step; once more stops at once\n")  # print is not safe in here
 
     def agreed(self, step, interval):
         """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
         if world_size() == 1:
             return self.signal
-        return most(self.signal) if step % interval == 0 else 0
+        return maximum(self.signal) if step % interval == 0 else 0

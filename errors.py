@@ -15,18 +15,23 @@ class InputError(ValueError):
     """What was found, where, what was expected and the remedy, in one line."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help  # a default of nothing is told in words
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse whose errors are InputErrors; an abbreviated flag is a typo, not a guess."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=_Help, **kwargs)
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
 
 
 def run(main):
-    """Call `main` and leave the process: 0, or 2 with one line on stderr for what the user can mend."""
+    """Call `main` and leave the process: 0 or what it exits with, or 2 with one line on stderr for what the user can mend."""
     try:
         main()
     except KeyboardInterrupt:

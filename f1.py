@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import f1_score
 
 from errors import ArgumentParser, InputError, run
 from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
@@ -78,11 +78,11 @@ def tabulate(photos, probabilities):
 
 
 def score(predictions):
-    """Metrics of a table of `evaluate`, over all its photos at once: a flat dict of floats."""
+    """Metrics of a table of `tabulate`, over all its photos at once: numbers by name, and the list class_f1."""
     labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
     likelihood = predictions[[f"p{label}" for label in range(NUM_CLASSES)]].to_numpy()[np.arange(len(labels)), labels]
     attributes = {f"{name}_f1": value for name, value in attribute_f1(labels, answers).items()}
-    return {"valid_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
+    return {"log_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
             "accuracy": float((labels == answers).mean()), **attributes, "class_f1": class_f1(labels, answers).tolist()}
 
 
@@ -94,12 +94,12 @@ def report(labels, predictions, people=None):
     low, high = bootstrap_interval(labels, predictions, people)
     lines = [f"macro F1 {macro_f1(labels, predictions):.4f}   95 % interval {low:.4f} .. {high:.4f} over "
              f"{len(set(people))} {over}",
-             f"accuracy {accuracy_score(labels, predictions):.2%} of {len(labels)} photos", ""]
-    for (name, score), names, truth, guess in zip(attribute_f1(labels, predictions).items(), (MASKS, GENDERS, AGES),
+             f"accuracy {(labels == predictions).mean():.2%} of {len(labels)} photos", ""]
+    for (name, f1), names, truth, guess in zip(attribute_f1(labels, predictions).items(), (MASKS, GENDERS, AGES),
                                                   decode(labels), decode(predictions), strict=True):
         each = f1_score(truth, guess, labels=range(len(names)), average=None, zero_division=0)
-        parts = ", ".join(f"{value} {f1:.3f}" for value, f1 in zip(names, each, strict=True))
-        lines.append(f"{name:6s} F1 {score:.4f}   {parts}")
+        parts = ", ".join(f"{value} {part:.3f}" for value, part in zip(names, each, strict=True))
+        lines.append(f"{name:6s} F1 {f1:.4f}   {parts}")
     lines += ["", f"{'class':<29s} {'photos':>6s} {'predicted':>9s} {'F1':>6s}   most often taken for"]
     for label, f1 in enumerate(class_f1(labels, predictions)):
         wrong = predictions[(labels == label) & (predictions != label)]

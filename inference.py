@@ -156,7 +156,11 @@ def choose_workers(num_workers, device):
 
 
 def choose_photos(data_dir, config, checkpoint):
-    """(photos, folder, whether they are an eval part): what --data_dir names, else the data of the checkpoint."""
+    """(photos, folder, whether they are an eval part): what --data_dir names, else the data of the checkpoint.
+
+    Raises:
+        InputError: if they are not there, or as `read_eval` and `list_images` do.
+    """
     if data_dir is None:
         if not config.get("eval_dir"):
             raise InputError(f"{checkpoint} was trained on data without an eval part; pass --data_dir")
@@ -169,7 +173,12 @@ def choose_photos(data_dir, config, checkpoint):
 
 
 def readable(probabilities, predictions):
-    """Columns mask, gender, age of the predicted class, its probability, and that of each attribute by itself."""
+    """Columns mask, gender, age of the predicted class, its probability, and that of each attribute by itself.
+
+    Args:
+        probabilities: (N, 18).
+        predictions: (N,) of 0..17.
+    """
     columns = {}
     joint = probabilities.reshape(-1, len(MASKS), len(GENDERS), len(AGES))
     rows = np.arange(len(predictions))
@@ -182,7 +191,7 @@ def readable(probabilities, predictions):
 
 
 def check_predictions(table, photos, probabilities):
-    """Refuse to write a table that is not one finite prediction of 0..17 for each photo in order."""
+    """InputError for probabilities that are not finite; the table must be a prediction of 0..17 for each photo in order."""
     if not np.isfinite(probabilities).all():
         row = photos[~np.isfinite(probabilities).all(axis=1)].iloc[0]
         raise InputError(f"{row.path}: the model gives no finite probability; the checkpoint is broken, use another one")

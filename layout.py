@@ -5,7 +5,7 @@
     eval/info.csv                      ImageID,ans
     eval/images/<ImageID>
 
-A person is a folder. Photos travel as a pandas table, one row a photo (`read_train`, `read_eval`), and an image is
+A person is a folder. Photos travel as a pandas table, one row per photo (`read_train`, `read_eval`), and an image is
 opened only when it is needed. Nothing here needs torch, so that what only reads and counts starts at once.
 """
 import io
@@ -131,6 +131,9 @@ def list_images(paths):
     """Photos of any folder (read recursively, hidden files left out) or list of files: ImageID and path, sorted.
 
     The ImageID is the path inside the folder, or the whole path where several folders or files are given.
+
+    Raises:
+        InputError: for a path that does not exist, or no photo in any.
     """
     paths = list(paths)
     files = {}
@@ -167,12 +170,12 @@ def read_table(path, columns):
 
 
 def _read_people(csv):
-    people = read_table(csv, ["id", "gender", "age", "path"]).sort_values("path", ignore_index=True)
+    people = read_table(csv, ["gender", "age", "path"]).sort_values("path", ignore_index=True)
     if people.empty:
         raise InputError(f"{csv}: no rows; expected one person a line")
     repeated = people.path[people.path.duplicated()]
     if len(repeated):
-        raise InputError(f"{csv}: path {repeated.iloc[0]!r} is repeated; expected one line a person's folder")
+        raise InputError(f"{csv}: path {repeated.iloc[0]!r} is repeated; expected one line per person's folder")
     for column, valid, expected in [
         ("gender", people.gender.isin(GENDERS), "male or female"),
         ("age", people.age.str.fullmatch(r"\d{1,3}") & (people.age != ""), "whole years from 0 to 120"),

@@ -3,7 +3,7 @@
 Every loss takes logits (B, 18) and targets (B, 18), distributions over the classes (one-hot rows are plain labels), and
 returns a scalar. Class weights are scaled to a mean of 1 over the training photos, a photo's weight is the mean of the
 classes' over its target, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
-neither the scale of the loss nor the best learning rate, and the batches of a step add up to it.
+neither the scale of the loss nor the best learning rate, and the batches of a step add up to it (except soft F1).
 """
 import numpy as np
 import torch
@@ -82,6 +82,7 @@ class SoftF1Loss(nn.Module):
     The mean is over the classes with at least half a photo in the batch: the F1 of an absent class has no gradient worth following.
     It does not add up over parts of a batch: with --accumulation_steps each part is scored by itself.
     """
+    adds_up = False
 
     def forward(self, logits, targets):
         p = logits.softmax(dim=1)
@@ -123,7 +124,9 @@ class LogitAdjustedLoss(nn.Module):
         return self.loss(logits + self.adjustment, targets)
 
 
-# name -> function of (class weights or None, label smoothing, focal gamma)
+# To add one: a module from logits (B, 18) and targets (B, 18), whose rows are distributions, to a scalar, the mean over the
+# batch (else with `adds_up = False`, so that several processes refuse it), and an entry here:
+# name -> function of (class weights or None, label smoothing, focal gamma). --logit_adjustment shifts the logits it gets.
 LOSSES = {
     "cross_entropy": lambda weight, smoothing, gamma: CrossEntropyLoss(weight),
     "label_smoothing": lambda weight, smoothing, gamma: CrossEntropyLoss(weight, smoothing),

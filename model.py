@@ -1,7 +1,7 @@
 """Backbones and heads.
 
 To add a backbone, write a function that returns any `nn.Module` from normalized photos (B, 3, H, W) to (B, num_classes)
-logits, and name it in MODELS; `--model tiny_cnn` then trains it, and inference finds it by that name:
+logits, and name it in MODELS; `--model tiny_cnn --weights none` then trains it, and inference finds it by that name:
 
     def tiny_cnn(num_classes, **kwargs):
         return nn.Sequential(
@@ -10,12 +10,13 @@ logits, and name it in MODELS; `--model tiny_cnn` then trains it, and inference 
 
     MODELS["tiny_cnn"] = tiny_cnn
 
-Any timm name works without being listed.
+The default head, `--head factored`, takes the place of its last linear layer. Any timm name works without being listed.
 """
 import difflib
 import sys
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -30,34 +31,13 @@ from layout import AGES, GENDERS, MASKS, NUM_CLASSES, decode
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def efficientnet_b4(**kwargs):
-    return timm.create_model("efficientnet_b4", **kwargs)
-
-
-def resnet18(**kwargs):
-    return timm.create_model("resnet18", **kwargs)
-
-
-def resnet50(**kwargs):
-    return timm.create_model("resnet50", **kwargs)
-
-
-def vgg11(**kwargs):
-    return timm.create_model("vgg11", **kwargs)
-
-
-def vgg19(**kwargs):
-    return timm.create_model("vgg19", **kwargs)
-
-
 # Each is called with num_classes, drop_rate, pretrained and, for a timm model of a fixed input size, img_size.
 MODELS = {
-    "efficientnet_b4": efficientnet_b4,
-    "resnet18": resnet18,
-    "resnet50": resnet50,
-    "resnet": resnet50,
-    "vgg11": vgg11,
-    "vgg19": vgg19,
+    "efficientnet_b4": partial(timm.create_model, "efficientnet_b4"),
+    "resnet": partial(timm.create_model, "resnet50"),
+    "resnet18": partial(timm.create_model, "resnet18"),
+    "vgg11": partial(timm.create_model, "vgg11"),
+    "vgg19": partial(timm.create_model, "vgg19"),
 }
 HEADS = ("flat", "factored")
 TTA = ("none", "hflip")  # of which views of a photo the mean is predicted
@@ -74,27 +54,35 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
             running code; its head is ignored.
         dropout: rate before the head, where the architecture has one.
 
+    Returns:
+        The model in training mode, on the CPU.
+
     Raises:
-        InputError: for an unknown name, weights that cannot be had or do not fit, or a size the model cannot take.
+        InputError: for an unknown name, weights that cannot be had or do not fit, a size the model cannot take, or a factored
+            head where the model does not end in one linear layer.
     """
     build = MODELS.get(name) or _timm_builder(name)
     if weights == "imagenet":
         # Weights that are cached load at once, and those that are not fail at once instead of after a minute of retries.
         huggingface_hub.constants.HF_HUB_OFFLINE |= not _is_reachable(huggingface_hub.constants.ENDPOINT)
     kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout, "pretrained": weights == "imagenet"} | model_args(name, size)
+    # timm's and the hub's errors differ by release; what the user can do about them does not.
+    errors = (OSError, RuntimeError, ValueError, AssertionError)
+    too_odd = f"--model {name}: cannot be built for {size[0]} x {size[1]} photos ({{}}); try another --resize"
     try:
         model = build(**kwargs)
-        if hasattr(model, "pretrained_cfg"):  # a bug in a hand-written backbone keeps its traceback
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, *size))
-            model.train()
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        # timm's and the hub's errors differ by release; what the user can do about them does not.
+    except errors as error:
         if weights == "imagenet":
             raise InputError(f"--weights imagenet: the weights of {name} cannot be had ({reason(error)}); pass --weights none to "
                              f"train from scratch, or --weights FILE with a .safetensors or .pth of {name}") from None
-        raise InputError(f"--model {name}: cannot be built for {size[0]} x {size[1]} photos ({reason(error)}); "
-                         f"try another --resize") from None
+        raise InputError(too_odd.format(reason(error))) from None
+    if hasattr(model, "pretrained_cfg"):  # a bug in a hand-written backbone keeps its traceback
+        try:
+            with torch.no_grad():
+                model.eval()(torch.zeros(1, 3, *size))
+        except errors as error:
+            raise InputError(too_odd.format(reason(error))) from None
+        model.train()
     if weights == "imagenet" and not hasattr(model, "pretrained_cfg"):
         raise InputError(f"--weights imagenet: {name} is hand-written and has none; pass --weights none or --weights FILE")
     if weights == "none":
@@ -102,13 +90,13 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
     elif weights != "imagenet":
         load_weights(model, weights)
     if head == "factored":
-        name = head_name(model)
-        model.set_submodule(name, FactoredHead(model.get_submodule(name).in_features))
+        layer = head_name(model)
+        model.set_submodule(layer, FactoredHead(model.get_submodule(layer).in_features))
     return model
 
 
 def zero_residuals(model):
-    """Start every residual block of an EfficientNet as the identity: the scale of its last norm is 0.
+    """Start every residual block of an EfficientNet as the identity: the scale of its last batch norm is 0.
 
     A deep network then learns from scratch as fast as a shallow one (Goyal et al. 2017, section 5.1). timm does it for
     ResNets by itself; blocks of its EfficientNet family are known by their `has_skip`.
@@ -116,7 +104,8 @@ def zero_residuals(model):
     for block in model.modules():
         if getattr(block, "has_skip", False):
             norms = [layer for layer in block.children() if isinstance(layer, nn.BatchNorm2d)]
-            nn.init.zeros_(norms[-1].weight)
+            for norm in norms[-1:]:
+                nn.init.zeros_(norm.weight)
 
 
 def load_weights(model, path):

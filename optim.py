@@ -1,4 +1,4 @@
-"""The optimizer, its learning rate over the steps, and the check of what it left."""
+"""The optimizer, its learning rate over the steps, and a check for weights that are not finite."""
 import math
 
 import timm.optim

@@ -66,7 +66,7 @@ def report_metrics(bar, board, history, folder):
     board.add_scalar("train/mean_loss", metrics["train_loss"], metrics["step"])
     line = f"step {metrics['step']}  train loss {metrics['train_loss']:.4f}"
     if "macro_f1" in metrics:
-        names = ["valid_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1"]
+        names = ["log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1"]
         line += "  " + "  ".join(f"{name.replace('_', ' ')} {metrics[name]:.4f}" for name in names)
         for name in names:
             board.add_scalar(f"valid/{name}", metrics[name], metrics["step"])

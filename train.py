@@ -56,7 +56,7 @@ DATASET_DEFAULTS = {
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
 # Flags that a resumed run may change, because no number that was already computed depends on them.
-RESUMABLE = {"epochs", "data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
+RESUMABLE = {"data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
              "valid_batch_size", "patience"}
 
 
@@ -89,7 +89,6 @@ def main(argv=None):
     num_workers = choose_workers(args.num_workers, device)
     train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
     valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
-    distributed.check_processes(args.criterion, sampler)
     steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
 
@@ -102,11 +101,12 @@ def main(argv=None):
     weight = class_weights(labels, args.class_weights)
     criterion = create_loss(args.criterion, weight, args.label_smoothing, args.gamma)
     criterion = LogitAdjustedLoss(criterion, labels, args.logit_adjustment).to(device)
+    distributed.check_processes(criterion, sampler)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     # Skips an update whose gradient is not finite, without making the host wait; it scales for float16 only.
-    is_half = args.amp is not False and device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    is_float16 = args.amp is not False and device.type == "cuda" and not torch.cuda.is_bf16_supported()
     scaler = torch.amp.GradScaler(device.type, enabled=device.type != "mps",
-                                  **({} if is_half else {"init_scale": 1.0, "growth_interval": 2**31 - 1}))
+                                  **({} if is_float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}))
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
     inference_model = ema.module if ema else model
     config = model_config(model, args.model, geometry, args.tta, {
@@ -114,7 +114,7 @@ def main(argv=None):
 
     # where it goes, and where it goes on
     state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [], "data": fingerprint(photos),
-             "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE - {"epochs"}}}
+             "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE}}
     with distributed.main_first():
         lock = lock_output_dir(output_dir) if is_main else None
         if args.overwrite and is_main:
@@ -140,6 +140,7 @@ def main(argv=None):
         board.add_image("inputs/augmented", sheet, 0, dataformats="HWC")
     parallel_model = distributed.wrap(model)
 
+    # The two halves of a step, called by train_one_epoch.
     def backward(images, targets, share, is_last):
         images, targets = normalize(images, *statistics, device), targets.to(device, non_blocking=True)
         with distributed.without_sync(parallel_model, is_last):
@@ -160,7 +161,7 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(model, step)
-        return norm.new_zeros(()) if is_half else norm
+        return norm.new_zeros(()) if is_float16 else norm  # of float16 the scaler skips what overflows, as a matter of course
 
     def check_losses(step):
         """The losses since the last evaluation as floats; InputError if one, or a gradient, is not finite."""
@@ -233,7 +234,7 @@ def main(argv=None):
                          f"{shlex.join(['python', 'train.py', *resume_argv(argv)])}")
                 sys.exit(128 + stop_signal)
         if is_exhausted(state, args.patience):
-            tqdm.write(f"stopped early: no better macro F1 in {args.patience} evaluations")
+            log.info(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
     bar.close()
     if is_main:
@@ -250,7 +251,7 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         loader: of (images, targets) batches.
         accumulation_steps: batches to an optimizer step.
         backward: (images, targets, share, is_last) -> the batch's mean loss times its share of the step; adds its gradients.
-        update_weights: called with the step's number when its gradients are there; returns their norm as a tensor.
+        update_weights: called with the step's number when its gradients are there; returns a tensor that is finite if they are.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
         sizes: photos of each batch, of all processes together.
@@ -259,7 +260,7 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
         (step, loss, photos): steps done; a tensor whose mean over the processes is the mean loss over the step's photos
         (reading it would make the host wait; it is not finite if the gradient is not); their number.
     """
-    batches, rank, world_size = zip(loader, sizes, strict=False), distributed.rank(), distributed.world_size()
+    batches, rank, world_size = zip(loader, sizes, strict=True), distributed.rank(), distributed.world_size()
     while group := list(islice(batches, accumulation_steps)):
         step += 1
         model.train()
@@ -320,8 +321,8 @@ def choose_data(data_dir):
 
 
 def fingerprint(photos):
-    """A hash of who is in the dataset, with which shots and labels; a resumed run must see the same."""
-    return hashlib.sha256(photos[["person", "shot", "label"]].to_csv(index=False).encode()).hexdigest()
+    """A hash of who is in the dataset, with which shots, years and labels; a resumed run must see the same."""
+    return hashlib.sha256(photos[["person", "shot", "years", "label"]].to_csv(index=False).encode()).hexdigest()
 
 
 def record_data(data_dir):
@@ -361,7 +362,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--logit_adjustment", type=float, default=0.4, help="tau: how far predictions lean to rare people; 0: not")
     # optimization
     parser.add_argument("--epochs", type=int, default=5, help="passes over the training photos")
-    parser.add_argument("--batch_size", type=int, default=16, help="training photos to a batch")
+    parser.add_argument("--batch_size", type=int, default=16, help="training photos to a batch, of all processes together")
     parser.add_argument("--accumulation_steps", type=int, default=1, help="batches to an optimizer step")
     parser.add_argument("--optimizer", default="adamw", help="adamw, sgd, or another of timm's")
     parser.add_argument("--lr", type=float, default=1.4e-3, help="peak learning rate")
@@ -378,7 +379,7 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--keep_last", type=int, default=5, help="checkpoints that stay beside the best")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --output_dir")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --output_dir first")
-    parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time in evaluation")
+    parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time in evaluation, in each process")
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
@@ -394,7 +395,7 @@ def check_args(args):
     """InputError for a value out of range, or flags that contradict each other."""
     for names, low, high in [
         ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
-        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, 1.01),
+        ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, None),
         ("weight_decay gamma age_sigma logit_adjustment clip_grad patience seed", 0, None),
         ("lr", 1e-12, None), ("old_age", 50, 71), ("num_workers", -1, None),
     ]:
@@ -404,6 +405,8 @@ def check_args(args):
                 if not low <= number < (high or math.inf):
                     below = f" and below {high}" if high else ""
                     raise InputError(f"--{name} {number}: out of range; expected at least {low}{below}")
+    if max(args.crop) > 1:
+        raise InputError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: out of range; expected fractions of the photo, at most 1")
     if args.n_folds == 1 or args.n_folds < 0 or not 0 <= args.fold < max(args.n_folds, 1):
         raise InputError(f"--n_folds {args.n_folds} --fold {args.fold}: expected 2 folds or more, and a fold from 0 to n_folds - 1")
     if args.n_folds and args.val_ratio == 0:

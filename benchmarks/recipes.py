@@ -26,21 +26,23 @@ from layout import find_part, read_table, read_train, split_people
 from train import parse_args as parse_train_args
 
 ROOT = Path(__file__).parent.parent
-STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --logit_adjustment 0 --tta none --dropout 0.2"  # none of our ideas
+STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --old_age 60 --logit_adjustment 0 --tta none"  # none of our ideas
 PLAIN = f"{STOCK} --augmentation none --criterion cross_entropy --sampler none"
-UNTUNED = "--resize 128 96 --lr 1e-3 --dropout 0"  # small photos, the first rate tried
+UNTUNED = "--dropout 0 --resize 128 96 --lr 1e-3"  # small photos, the first rate tried
+TUNED = "--dropout 0.2"
 
 # name -> flags of train.py; the README's table shows the same ones.
 RECIPES = {
     "resnet": f"--model resnet {PLAIN} {UNTUNED}",
     "vgg19": f"--model vgg19 {PLAIN} {UNTUNED}",
-    "vgg19-tuned": f"--model vgg19 {PLAIN} --lr 1e-4",
-    "vgg11-tuned": f"--model vgg11 {PLAIN} --lr 1e-4",
+    "vgg19-tuned": f"--model vgg19 {PLAIN} {TUNED} --lr 1e-4",
+    "vgg11-tuned": f"--model vgg11 {PLAIN} {TUNED} --lr 1e-4",
     "b4": f"--model efficientnet_b4 {PLAIN} {UNTUNED}",
-    "ce": f"--model efficientnet_b4 {PLAIN}",
-    "sampler": f"--model efficientnet_b4 {STOCK} --augmentation none --criterion cross_entropy --sampler balanced",
-    "focal": f"--model efficientnet_b4 {STOCK} --augmentation none --criterion focal --sampler balanced",
-    "loss-weight": f"--model efficientnet_b4 {STOCK} --augmentation base --criterion focal --sampler none --class_weights balanced",
+    "ce": f"--model efficientnet_b4 {PLAIN} {TUNED}",
+    "sampler": f"--model efficientnet_b4 {STOCK} {TUNED} --augmentation none --criterion cross_entropy --sampler balanced",
+    "focal": f"--model efficientnet_b4 {STOCK} {TUNED} --augmentation none --criterion focal --sampler balanced",
+    "loss-weight": f"--model efficientnet_b4 {STOCK} {TUNED} --augmentation base --criterion focal --sampler none "
+                   f"--class_weights balanced",
     "ours": "",
 }
 # name -> members, of equal weight

@@ -17,6 +17,7 @@ from dataset import EpochSampler
 from distributed import check_processes
 from errors import InputError
 from layout import read_train
+from loss import create_loss
 
 # No batch statistics, so that a batch may be divided; class weights, sampler and averaging are on.
 RUN = [*FAST, "--model", "test_vit", "--resize", "32", "32", "--batch_size", "12", "--epochs", "1", "--eval_steps", "10",
@@ -89,7 +90,8 @@ def test_shares_of_a_batch_are_disjoint_and_whole(dataset, monkeypatch):
 
 def test_what_processes_cannot_share_is_refused_by_name(dataset, monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(InputError, match="--criterion focal_f1"):
-        check_processes("focal_f1", EpochSampler(read_train(dataset), 16))
+    with pytest.raises(InputError, match="--criterion: SoftF1Loss"):
+        check_processes(create_loss("focal_f1"), EpochSampler(read_train(dataset), 16))
+    check_processes(create_loss("focal"), EpochSampler(read_train(dataset), 16))
     with pytest.raises(InputError, match="--batch_size"):
-        check_processes("focal", EpochSampler(read_train(dataset), 3))
+        check_processes(create_loss("focal"), EpochSampler(read_train(dataset), 3))

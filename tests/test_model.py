@@ -112,8 +112,21 @@ def test_unknown_model_names_the_known_and_the_nearest():
         create_model("eficientnet_b5", SIZE)
 
 
-def test_alias_is_the_same_backbone():
-    assert m.MODELS["resnet"] is m.MODELS["resnet50"]
+def test_resnet_is_the_one_of_fifty_layers():
+    own, timms = (sum(p.numel() for p in model.parameters()) for model in (create_model("resnet", SIZE), timm.create_model(
+        "resnet50", num_classes=18)))
+    assert own == timms
+
+
+def test_a_timm_model_with_other_norms_is_built_as_its_checkpoint_will_be():
+    create_model("efficientnet_b0_gn", SIZE)
+
+
+def test_a_size_is_refused_as_such_whatever_the_weights(monkeypatch):
+    monkeypatch.setitem(m.MODELS, "vgg11", lambda pretrained, **kwargs: timm.create_model("vgg11", **kwargs))  # as if it had them
+    for weights in ("imagenet", "none"):
+        with pytest.raises(InputError, match=r"cannot be built for 16 x 16 photos.*--resize"):
+            create_model("vgg11", (16, 16), weights=weights)
 
 
 def test_no_imagenet_weights_for_a_hand_written_backbone(monkeypatch):
@@ -124,7 +137,7 @@ def test_no_imagenet_weights_for_a_hand_written_backbone(monkeypatch):
 
 def docstring_backbone():
     """The six lines of model.py's docstring, run as they stand."""
-    lines = (ROOT / "model.py").read_text().split("by that name:\n\n")[1].split("\n\nAny timm")[0]
+    lines = (ROOT / "model.py").read_text().split("by that name:\n\n")[1].split("\n\nThe default head")[0]
     namespace = {"nn": nn, "MODELS": {}}
     exec("\n".join(line[4:] for line in lines.splitlines()), namespace)
     assert len([line for line in lines.splitlines() if line.strip()]) <= 6

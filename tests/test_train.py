@@ -119,7 +119,7 @@ def test_tensorboard_holds_the_curves_and_figures(trained):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     events = EventAccumulator(str(trained / "tensorboard"), size_guidance={"images": 9}).Reload()
     scalars = set(events.Tags()["scalars"])
-    assert {"train/mean_loss", "valid/macro_f1", "valid/mask_f1", "valid/gender_f1", "valid/age_f1", "valid/valid_loss"} <= scalars
+    assert {"train/mean_loss", "valid/macro_f1", "valid/mask_f1", "valid/gender_f1", "valid/age_f1", "valid/log_loss"} <= scalars
     assert len([tag for tag in scalars if tag.startswith("class_f1/")]) == 18
     assert set(events.Tags()["images"]) == {"inputs/augmented", "valid/confusion_matrix", "valid/worst_mistakes"}
 
