@@ -42,7 +42,7 @@ def read_parts(data_dir):
     if find_part(data_dir, "train"):
         parts["train"] = read_train(data_dir)[["path", "person", "shot", "label"]]
     if find_part(data_dir, "eval"):
-        parts["eval"] = read_eval(data_dir)[["path"]]
+        parts["eval"] = read_eval(data_dir, finds_all=False)[["path"]]
     if not parts:
         parts["photos"] = list_images([data_dir])[["path"]]
     return pd.concat([table.assign(part=name) for name, table in parts.items()], ignore_index=True)

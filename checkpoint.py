@@ -9,6 +9,7 @@
 
 For a timm architecture `timm.create_model("local-dir:results/checkpoint-500", pretrained=True)` gives the same model.
 """
+import errno
 import hashlib
 import json
 import logging
@@ -34,7 +35,9 @@ log = logging.getLogger("mask")
 
 OUR_KEY = "mask_classification"
 KEPT_TRAINING_STATES = 2
+TRAINING_STATE = ("model", "optimizer", "scaler", "ema", "losses")
 CHECKSUMS = "SHA256SUMS"
+CHECKED = ("model.safetensors", "config.json", "trainer_state.json", "training_state.pt")
 
 
 def model_config(model, name, geometry, tta, dataset):
@@ -76,24 +79,34 @@ def check_output_dir(output_dir, resumes, overwrites, argv):
 def lock_output_dir(output_dir):
     """Make the results folder this process's own until it ends, however it ends; the open file must be kept.
 
-    What a killed run had only begun to write is removed.
+    What a killed run had only begun to write or to remove is removed. What is written into the file is read by `was_begun_by`.
 
     Raises:
         InputError: if another run is in it.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    handle = open(output_dir / ".lock", "w")  # noqa: SIM115
+    handle = open(output_dir / ".lock", "a")  # noqa: SIM115
     try:
         if fcntl:
             # Not flock, whose lock a killed run's loader processes, which live on for seconds, would still hold.
             fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        handle.close()
-        raise InputError(f"--output_dir {output_dir}: another run is writing in it; wait for it, or pass another "
-                         f"--output_dir") from None
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            log.warning(f"warning: {output_dir} cannot be locked ({error.strerror}); let no other run write in it")
+        else:
+            handle.close()
+            raise InputError(f"--output_dir {output_dir}: another run is writing in it; wait for it, or pass another "
+                             f"--output_dir") from None
     for folder in output_dir.glob(".checkpoint-*.tmp"):
         shutil.rmtree(folder)
+    handle.truncate(0)
     return handle
+
+
+def was_begun_by(output_dir, launch):
+    """Whether the run in a results folder is of this start of torchrun, which has started its processes again."""
+    lock = output_dir / ".lock"
+    return bool(launch) and lock.is_file() and lock.read_text() == launch
 
 
 def delete_run(output_dir):
@@ -115,16 +128,16 @@ def resume(output_dir, state):
         log.info(f"nothing to resume in {output_dir} yet: starting from step 0")
         return None
     folder, before, training_state = last_whole_checkpoint(output_dir)
+    epochs, asked = before["args"].get("epochs"), state["args"]["epochs"]
     for key, value in state["args"].items():
-        if key != "epochs" and before["args"].get(key) != value:
+        if before["args"].get(key) != value and not (key == "epochs" and isinstance(epochs, int) and asked > epochs):
             raise InputError(f"--resume: this run had {as_flag(key, before['args'].get(key))}, and {as_flag(key, value)} would "
                              f"change what was already computed; pass the former, or another --output_dir")
     if before.get("data") != state["data"]:
         raise InputError("--resume: the dataset's people, photos or labels have changed since, and the split with them; pass the "
                          "--data_dir this run began with, or another --output_dir")
-    epochs = before["args"].get("epochs")
-    if epochs != state["args"]["epochs"]:
-        log.info(f"--epochs was {epochs} and is now {state['args']['epochs']}: the schedule changes from here")
+    if epochs != asked:
+        log.info(f"--epochs was {epochs} and is now {asked}: the schedule changes from here")
     state |= {key: before[key] for key in ("step", "epoch", "best_step", "best_macro_f1", "history")}
     log.info(f"resuming from {folder}")
     return training_state
@@ -224,7 +237,8 @@ def prune_checkpoints(output_dir, keep_last):
     for folder in checkpoints[:-1]:
         is_recent = folder in checkpoints[-keep_last:]
         if step_of(folder) not in evaluated or not (is_recent or step_of(folder) == state["best_step"]):
-            shutil.rmtree(folder)
+            # A run that is killed here leaves nothing that looks like a checkpoint.
+            shutil.rmtree(folder.rename(folder.with_name(f".{folder.name}.tmp")))
     for folder in list_checkpoints(output_dir)[:-KEPT_TRAINING_STATES]:
         (folder / "training_state.pt").unlink(missing_ok=True)
 
@@ -278,8 +292,10 @@ def load_model(folder):
         raise InputError(f"{folder / 'config.json'}: {config.get('num_classes')} classes; expected {NUM_CLASSES}")
     numbers = {"size": (2, 16, 4096), "crop": (2, 0.01, 1), "mean": (3, -10, 10), "std": (3, 1e-3, 10)}
     if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), *limits) for key, limits in numbers.items())
-            and all(isinstance(side, int) for side in ours["size"]) and ours.get("tta") in TTA):
-        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std and tta under {OUR_KEY!r}")
+            and all(isinstance(side, int) for side in ours["size"]) and ours.get("tta") in TTA
+            and isinstance(ours.get("eval_dir"), str | None) and _are_counts(ours.get("class_counts"))):
+        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std, tta and facts of the dataset "
+                         f"under {OUR_KEY!r}")
     if (folder / CHECKSUMS).is_file():  # a copy for inference may lack it, as may an edited config.json its sum
         verify(folder, ["model.safetensors"])
     state = read_weights(folder / "model.safetensors")
@@ -302,7 +318,9 @@ def verify(folder, names=()):
     try:
         text = (folder / CHECKSUMS).read_text(errors="replace")
         sums = {name: digest for digest, name in re.findall(r"^([0-9a-f]{64})  (\S+)$", text, re.M)}
-        for name in names or [*sums, "training_state.pt"]:
+        for name in names or [*CHECKED, *({"valid_predictions.csv"} & sums.keys())]:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(errno.ENOENT, "no such file", folder / name)
             if sha256(folder / name) != sums.get(name):
                 raise InputError(f"{folder / name}: damaged, not what was written by its {CHECKSUMS}; use another checkpoint")
     except FileNotFoundError as error:
@@ -323,8 +341,13 @@ def read_trainer_state(folder):
     """trainer_state.json of a checkpoint; InputError if it is missing or damaged."""
     path = Path(folder) / "trainer_state.json"
     state = read_json(path)
-    if not {"step", "best_step", "history", "args"} <= state.keys():
-        raise InputError(f"{path}: damaged; expected step, best_step, history and args; use another checkpoint")
+    kinds = {"step": int, "epoch": float | int, "best_step": int | None, "best_macro_f1": float | None, "history": list,
+             "args": dict}
+    for key, kind in kinds.items():
+        if key not in state or not isinstance(state[key], kind):
+            raise InputError(f"{path}: damaged; its {key} is none; use another checkpoint")
+    if not all(isinstance(metrics, dict) and isinstance(metrics.get("step"), int) for metrics in state["history"]):
+        raise InputError(f"{path}: damaged; expected a step in each entry of its history; use another checkpoint")
     return state
 
 
@@ -332,7 +355,8 @@ def read_training_state(folder):
     """What only resuming needs, loaded without running code; InputError if it is damaged."""
     path = Path(folder) / "training_state.pt"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: state[key] for key in TRAINING_STATE}
     except Exception as error:  # whatever a damaged or hostile file makes torch's reader raise
         raise InputError(f"{path}: holds something else than tensors, or is damaged ({reason(error)}); "
                          f"use another checkpoint") from None
@@ -344,8 +368,8 @@ def read_json(path):
         value = json.loads(Path(path).read_text())
     except FileNotFoundError:
         raise InputError(f"{path}: missing, so the checkpoint is half-written; use another checkpoint") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged, not JSON ({error}); use another checkpoint") from None
+    except (ValueError, RecursionError) as error:  # also of text that is no text, and of a number with 5,000 digits
+        raise InputError(f"{path}: damaged, not JSON ({reason(error)}); use another checkpoint") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: damaged; expected a JSON object; use another checkpoint")
     return value
@@ -353,6 +377,11 @@ def read_json(path):
 
 def _numbers(value, length, low, high):
     return isinstance(value, list) and len(value) == length and all(isinstance(x, (int, float)) and low <= x <= high for x in value)
+
+
+def _are_counts(value):
+    """Whether they are the training photos of each class, or nothing is told of them."""
+    return value is None or (_numbers(value, NUM_CLASSES, 0, 1e12) and sum(value) > 0)
 
 
 def sha256(path):

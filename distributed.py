@@ -7,6 +7,8 @@ import contextlib
 import itertools
 import os
 import signal
+import time
+import uuid
 
 import torch
 import torch.distributed as dist
@@ -19,12 +21,36 @@ def join(device):
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index >= torch.cuda.device_count():
+                raise InputError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: more processes than the "
+                                 f"{torch.cuda.device_count()} GPUs of this machine; start as many")
             torch.cuda.set_device(device)
-        # A restarted worker must not find the addresses of those before it in torchrun's store.
         store, number, count = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        store = dist.PrefixStore(_name_of_start(store, number, count), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count)
     return device
+
+
+def _name_of_start(store, number, count):
+    """A name that all processes of this start agree on, made up by process 0.
+
+    torchrun's store still holds what processes wrote before a restart, and its count of restarts differs between machines. Every
+    process says hello by a new name of its own, and process 0 answers whatever hello it finds until all have heard it.
+    """
+    name = uuid.uuid4().hex
+    if number:
+        store.set(f"hello-{number}", name)
+        name_of_start = store.get(f"answer-{name}").decode()  # waits for it
+        store.set(f"heard-{name_of_start}-{number}", "")
+        return name_of_start
+    missing = list(range(1, count))
+    while missing:
+        for other in missing:
+            if store.check([f"hello-{other}"]):
+                store.set(f"answer-{store.get(f'hello-{other}').decode()}", name)
+        time.sleep(0.01)
+        missing = [other for other in missing if not store.check([f"heard-{name}-{other}"])]
+    return name
 
 
 def leave():
@@ -41,9 +67,17 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_restart():
-    """Whether torchrun --max-restarts has begun this process anew, after a failure."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def launch():
+    """Which start of torchrun this process belongs to, the same after its restarts; empty without torchrun."""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+
+
+def launcher():
+    """How these processes were started, for a command to show."""
+    if world_size() == 1:
+        return "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    return f"torchrun {f'--nnodes={nodes} ' if nodes > 1 else ''}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
 
 
 @contextlib.contextmanager
@@ -73,6 +107,18 @@ def own_batches(count, batch_size):
 def in_order(batches):
     """The batches of all processes, in the order of one process, from each one's `own_batches`."""
     return [batch for row in itertools.zip_longest(*gather(batches)) for batch in row if batch is not None]
+
+
+def from_main(value):
+    """Process 0's picklable value, in every process."""
+    return gather(value)[0]
+
+
+def copy_main(model):
+    """Give a model the weights and buffers that it has in process 0; batch statistics differ between the processes until then."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
 
 
 def mean(tensor):
@@ -110,16 +156,22 @@ def check_processes(criterion, sampler):
 
 
 class Stopper:
-    """Notes Ctrl-C and SIGTERM in `signal`, so that the run can end at a whole step; the second one ends it at once."""
+    """Notes Ctrl-C and SIGTERM in `signal`, so that the run can end at a whole step; a second one ends it at once.
+
+    What follows within a second is the same one: a terminal or a scheduler tells all processes, and torchrun tells its own.
+    """
 
     def __init__(self):
-        self.signal = 0
+        self.signal, self.time = 0, 0.0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(self, number, frame):
-        self.signal = number
-        for each, handler in self.before.items():
-            signal.signal(each, handler)
+        if self.signal:
+            if time.monotonic() > self.time + 1:
+                signal.signal(number, self.before[number])
+                os.kill(os.getpid(), number)
+            return
+        self.signal, self.time = number, time.monotonic()
         os.write(2, b"\nstopping at the end of a step; once more stops at once\n")  # print is not safe in here
 
     def agreed(self, step, interval):

@@ -31,7 +31,8 @@ NUM_CLASSES = len(CLASS_NAMES)
 
 MASK_OF_SHOT = {**{f"mask{i}": 0 for i in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-MIN_SIDE, MAX_PIXELS = 16, 64_000_000
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")  # of a photo's content; Pillow knows others that start programs
+MIN_SIDE, MAX_PIXELS, MAX_BYTES = 16, 64_000_000, 512_000_000
 ORIENTATION = 0x0112  # in EXIF
 REDUCED = {1: cv2.IMREAD_COLOR, 2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8}
 
@@ -101,8 +102,12 @@ def read_train(data_dir, fix_labels=True):
     return photos
 
 
-def read_eval(data_dir):
+def read_eval(data_dir, finds_all=True):
     """Read the photos to predict: DataFrame with ImageID and path, in info.csv's order.
+
+    Args:
+        data_dir: the dataset's root, its `eval` (or `train`) folder, or an `images` folder.
+        finds_all: every photo must be there.
 
     Raises:
         InputError: for a missing info.csv or image, or an ImageID that is repeated or leaves the folder.
@@ -121,7 +126,7 @@ def read_eval(data_dir):
             raise InputError(f"{folder / 'info.csv'}: ImageID {image_id!r} is not a file name inside {folder / 'images'}")
     paths = [str(folder / "images" / image_id) for image_id in info.ImageID]
     missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
+    if missing and finds_all:
         raise InputError(f"{missing[0]}: listed in info.csv but not on disk ({len(missing)} of {len(paths)} are missing); "
                          f"copy the whole eval/images folder")
     return pd.DataFrame({"ImageID": info.ImageID, "path": paths})
@@ -235,6 +240,7 @@ def _is_original(people):
 
 
 def _fix_labels(photos):
+    before = photos[["gender", "mask"]].copy()
     ids = photos.person.str.partition("_")[0]
     for person_id, gender in WRONG_GENDER.items():
         # Only the folder that carries the wrong label: an id is not unique.
@@ -247,6 +253,7 @@ def _fix_labels(photos):
         if swapped.any():
             photos.loc[swapped, "mask"] = 3 - photos.loc[swapped, "mask"]
             log.info(f"label fixed: incorrect_mask and normal of {photos.person[swapped].iloc[0]} are swapped")
+    log.info(f"labels fixed: {(photos[['gender', 'mask']] != before).any(axis=1).sum()} photos")
     return photos
 
 
@@ -262,12 +269,14 @@ def read_image(path, at_least=(math.inf, math.inf)):
         uint8 array (height, width, 3).
 
     Raises:
-        InputError: if it cannot be decoded, has a side under 16 pixels, or more than 64 million pixels.
+        InputError: if it cannot be decoded, has a side under 16 pixels, more than 64 million pixels or 512 MB.
     """
     try:
         with open(path, "rb") as file:
-            data = file.read()
-        with Image.open(io.BytesIO(data)) as image:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise InputError(f"{path}: more than {MAX_BYTES:,} bytes; remove the file or save the photo smaller")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
             if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
                 raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least {MIN_SIDE} and at most "
@@ -288,7 +297,7 @@ def read_image(path, at_least=(math.inf, math.inf)):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; it may have been deleted since its folder was listed; restore it") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, cv2.error) as error:
+    except Exception as error:  # whatever a damaged or hostile file makes the decoders raise
         raise InputError(f"{path}: cannot be decoded ({reason(error)}); restore or remove the file; python check_data.py finds "
                          f"every such file of a dataset at once") from None
 

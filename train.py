@@ -27,11 +27,13 @@ from checkpoint import (
     as_flag,
     check_output_dir,
     delete_run,
+    list_checkpoints,
     lock_output_dir,
     model_config,
     prune_checkpoints,
     resume,
     save_checkpoint,
+    was_begun_by,
 )
 from dataset import AUGMENTATIONS, SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, normalize
 from errors import ArgumentParser, InputError, reason, run
@@ -63,14 +65,15 @@ RESUMABLE = {"data_dir", "output_dir", "resume", "overwrite", "num_workers", "lo
 def main(argv=None):
     logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     argv = sys.argv[1:] if argv is None else argv
-    if distributed.is_restart():
-        argv = resume_argv(argv)
     args = parse_args(argv)
+    output_dir = Path(args.output_dir)
     device = distributed.join(choose_device(args.device))
+    if distributed.from_main(was_begun_by(output_dir, distributed.launch())):
+        argv = resume_argv(argv)
+        args = parse_args(argv)
     tune(device, args.deterministic)
     is_main = distributed.rank() == 0
     log.setLevel(logging.INFO if is_main else logging.ERROR)
-    output_dir = Path(args.output_dir)
     check_output_dir(output_dir, args.resume, args.overwrite, argv)
     with distributed.main_first():
         data_dir, kind = choose_data(args.data_dir)
@@ -94,7 +97,8 @@ def main(argv=None):
 
     # model
     torch.manual_seed(args.seed)
-    model = create_model(args.model, args.resize, args.head, args.weights, args.dropout)
+    weights = "none" if args.resume and list_checkpoints(output_dir) else args.weights  # a checkpoint will bring its own
+    model = create_model(args.model, args.resize, args.head, weights, args.dropout)
     model.to(device, memory_format=torch.channels_last)
     statistics = input_statistics(model)
     labels = train_photos.label.to_numpy()
@@ -117,10 +121,16 @@ def main(argv=None):
              "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE}}
     with distributed.main_first():
         lock = lock_output_dir(output_dir) if is_main else None
+        check_output_dir(output_dir, args.resume, args.overwrite, argv)  # another run may have been there since
         if args.overwrite and is_main:
             delete_run(output_dir)
+        if is_main:
+            print(distributed.launch(), end="", file=lock, flush=True)
         losses, training_state = [], resume(output_dir, state) if args.resume else None
-    if training_state:
+    if len(set(distributed.gather(state["step"]))) > 1:
+        raise InputError(f"--output_dir {output_dir}: the processes see different checkpoints in it; expected a folder that all "
+                         f"machines share")
+    if training_state is not None:
         try:
             model.load_state_dict(training_state["model"])
             optimizer.load_state_dict(training_state["optimizer"])
@@ -172,7 +182,8 @@ def main(argv=None):
             batches = list(islice(sampler, args.accumulation_steps))
             own = [train_photos.path[index] for batch in batches for index, _ in batch]
             paths = [path for share in distributed.gather(own) for path in share]
-            (output_dir / "bad_batch.txt").write_text("\n".join(paths) + "\n")
+            if is_main:
+                (output_dir / "bad_batch.txt").write_text("\n".join(paths) + "\n")
             rate = learning_rate(bad, total_steps, args.lr, args.warmup)
             raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate:.2g}; {paths[0]} and "
                              f"its other photos are in {output_dir / 'bad_batch.txt'}); {NOT_FINITE}")
@@ -191,7 +202,8 @@ def main(argv=None):
     recent, since, stopper = 0, time.perf_counter(), distributed.Stopper()
     is_over = state["step"] >= total_steps or is_exhausted(state, args.patience)
     if is_over:
-        log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass more --epochs to train on")
+        more = "more --epochs" if state["step"] >= total_steps else "--patience 0"
+        log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass {more} to train on")
     for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
         for step, loss, count in train_one_epoch(model, train_loader, args.accumulation_steps, backward, update_weights, args.seed,
@@ -214,6 +226,7 @@ def main(argv=None):
                 check_weights(model, inference_model, step, rate)
                 predictions = None
                 if len(valid_photos):
+                    distributed.copy_main(inference_model)
                     predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.tta, args.amp)
                     metrics |= score(predictions)
                 state["history"].append(metrics)
@@ -231,7 +244,8 @@ def main(argv=None):
             if stop_signal and step < total_steps:
                 bar.close()
                 log.info(f"stopped at step {step} of {total_steps}; go on with: "
-                         f"{shlex.join(['python', 'train.py', *resume_argv(argv)])}")
+                         f"{distributed.launcher()} train.py {shlex.join(resume_argv(argv))}")
+                distributed.gather(None)  # torchrun ends the others with the first that leaves
                 sys.exit(128 + stop_signal)
         if is_exhausted(state, args.patience):
             log.info(f"stopped early: no better macro F1 in {args.patience} evaluations")
@@ -276,7 +290,10 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
 def evaluate(model, loader, photos, statistics, device, tta, amp):
     """Predict the validation photos: the table of `tabulate`."""
     model.eval()
-    return tabulate(photos, infer([(torch_predictor(model, statistics, device, amp), tta)], loader)[0])
+    predictions = tabulate(photos, infer([(torch_predictor(model, statistics, device, amp), tta)], loader)[0])
+    if predictions.p0.isna().any():
+        raise InputError(f"{photos.path[predictions.p0.isna().argmax()]}: the model gives no finite probability; {NOT_FINITE}")
+    return predictions
 
 
 def update_best(state):

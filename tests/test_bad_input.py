@@ -56,7 +56,7 @@ def spoil_no_csv(root):
 
 def spoil_column(root):
     pd.read_csv(root / "train" / "train.csv").drop(columns="gender").to_csv(root / "train" / "train.csv", index=False)
-    return root, ["train.csv", "no column 'gender'", "expected id,gender,age,path"]
+    return root, ["train.csv", "no column 'gender'", "expected gender,age,path"]
 
 
 def spoil_text(root):
@@ -139,6 +139,16 @@ def test_photo_in_training_and_in_inference(copy, command, damage, says, trained
     one_line(command("train", "--data_dir", copy, *FAST, "--num_workers", "1", "--sampler", "none"), photo, says)
     one_line(command("inference", "--model_dir", trained, "--data_dir", photo), photo, says)
     assert not (tmp_path / "predictions.csv").exists()
+
+
+def test_no_photo_starts_a_program(command, trained, tmp_path):
+    """Pillow has Ghostscript run the PostScript in an EPS file, whatever the file's name."""
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.jpg", "EPS")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "gs").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    one_line(command("inference", "--model_dir", trained, "--data_dir", "photo.jpg", PATH=path), "photo.jpg", "cannot be decoded")
+    assert not (tmp_path / "started").exists()
 
 
 @pytest.mark.parametrize("image_id", ["/etc/hostname", "../info.csv", "a/../../x.jpg", "..\\x.jpg"])
@@ -224,18 +234,50 @@ def other_model(folder):
     return "does not fit resnet34"
 
 
+def number_without_end(folder):
+    (folder / "config.json").write_text('{"num_classes": ' + "9" * 5000 + "}")
+    return "not JSON"
+
+
+def facts_of_no_dataset(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["mask_classification"]["class_counts"] = [0] * 18
+    (folder / "config.json").write_text(json.dumps(config))
+    return "facts of the dataset"
+
+
 class Bomb:
     def __reduce__(self):
         return exec, ("open('exploded', 'w').close()",)
 
 
 @pytest.mark.parametrize("spoil", [half_written, truncated_weights, flipped_bit, pickle_for_tensors, other_format, no_json,
-                                   other_classes, other_model])
+                                   other_classes, other_model, number_without_end, facts_of_no_dataset])
 def test_checkpoint(command, trained, tmp_path, spoil):
     folder = shutil.copytree(trained / "checkpoint-5", tmp_path / "checkpoint-5")
     says = spoil(folder)
     one_line(command("inference", "--model_dir", folder), "checkpoint-5", says)
     assert not (tmp_path / "exploded").exists() and not (tmp_path / "submission.csv").exists()
+
+
+@pytest.mark.parametrize(("name", "text", "says"), [
+    ("trainer_state.json", '{"step": 9, "epoch": 1, "best_step": 9, "best_macro_f1": 0.5, "history": [], "args": 5}',
+     "its args is none"),
+    ("trainer_state.json", '{"step": 9, "epoch": 1, "best_step": 9, "history": [], "args": {}}', "its best_macro_f1 is none"),
+    ("training_state.pt", {}, "something else than"),
+    ("SHA256SUMS", f"{'0' * 64}  /dev/zero\n{'0' * 64}  .\n", "model.safetensors: damaged"),
+])
+def test_resume_from_a_hostile_checkpoint(command, trained, dataset, tmp_path, name, text, says):
+    folder = shutil.copytree(trained, tmp_path / "results") / "checkpoint-9"
+    shutil.rmtree(folder.with_name("checkpoint-5"))
+    if isinstance(text, dict):
+        torch.save(text, folder / name)
+    else:
+        (folder / name).write_text(text)
+    if name != "SHA256SUMS":
+        write_checksums(folder)
+    flags = ["--data_dir", dataset, *FAST, "--epochs", "2", "--eval_steps", "5", "--lr", "3e-3", "--resume"]
+    one_line(command("train", *flags), "checkpoint-9", says)
 
 
 def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
@@ -270,6 +312,7 @@ def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
     (["--device", "gpu"], ["--device gpu", "auto"]),
     (["--weights", "nothing.pth"], ["nothing.pth", "no such weights file"]),
     (["--lr", "fast"], ["--lr", "fast"]),
+    (["--crop", "1", "1.005"], ["--crop 1 1.005", "at most 1"]),
     (["--output_dir", "taken"], ["--output_dir taken", "is a file"]),
     (["--criterion", "f1", "--class_weights", "sqrt"], ["--criterion f1", "--class_weights none"]),
 ])
@@ -307,6 +350,10 @@ def test_resume_with_a_flag_that_changes_the_past(command, trained, dataset, tmp
     one_line(command("train", *flags), "had --lr 0.003", "--lr 0.001 would change", "--output_dir")
     one_line(command("train", *flags, "--resize", "48", "32", "--lr", "3e-3"), "--resize 32 24", "--resize 48 32 would change")
     one_line(command("train", *flags, "--no-fix_labels", "--lr", "3e-3"), "had --fix_labels", "--no-fix_labels would change")
+    flags[flags.index("--eval_steps") - 1] = "2"
+    assert command("train", *flags, "--lr", "3e-3").returncode == 0
+    flags[flags.index("--eval_steps") - 1] = "1"
+    one_line(command("train", *flags, "--lr", "3e-3"), "had --epochs 2", "--epochs 1 would change")
 
 
 def test_resume_with_other_people(command, trained, copy, tmp_path):

@@ -47,13 +47,16 @@ def mutate(data, changes, cut):
 def encoded(form):
     pixels = np.random.default_rng(0).integers(0, 255, (40, 30, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    image = {"GIF": image.convert("P"), "TIFF": image.convert("CMYK"), "PNG": image.convert("RGBA")}.get(form, image)
+    image = {"GIF": image.convert("P"), "ICO": image.resize((32, 32)), "TIFF": image.convert("CMYK"),
+             "PNG": image.convert("RGBA")}.get(form, image)
     file = io.BytesIO()
-    image.save(file, form)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8769] = 6, {0x9003: "2020:01:01 00:00:00"}  # lies on its side; when it was taken
+    image.save(file, form, **({"exif": exif} if form in ("JPEG", "MPO", "PNG", "WEBP", "AVIF") else {}))
     return file.getvalue()
 
 
-IMAGES = {form: encoded(form) for form in ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")}
+IMAGES = {form: encoded(form) for form in ("JPEG", "MPO", "PNG", "BMP", "WEBP", "TIFF", "GIF", "EPS", "DDS", "ICO")}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

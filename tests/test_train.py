@@ -176,7 +176,7 @@ def test_launch_variables_of_this_task(command, dataset, tmp_path):
 
 
 def test_best_is_by_macro_f1_and_survives_pruning(tmp_path):
-    state = {"step": 0, "best_step": None, "best_macro_f1": None, "history": [], "args": {}}
+    state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [], "args": {}}
     for step, f1, accuracy in [(1, 0.5, 0.6), (2, 0.7, 0.7), (3, 0.6, 0.9), (4, 0.7, 0.9), (5, 0.1, 0.1)]:
         state["history"].append({"step": step, "macro_f1": f1, "accuracy": accuracy})
         state["step"] = step
