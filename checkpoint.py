@@ -274,11 +274,8 @@ def find_checkpoint(model_dir):
                      (f"those that exist: {', '.join(beside)}" if beside else "train one first: python train.py"))
 
 
-def load_model(folder):
-    """The model of a checkpoint in evaluation mode, on the CPU, and our part of its config.json.
-
-    Returns:
-        (model, config): config has model, size, crop, tta, mean, std, classes and what `model_config` was told of the dataset.
+def read_config(folder):
+    """Our part of a checkpoint's config.json: model, size, crop, tta, mean, std, classes, and the facts of the training data.
 
     Raises:
         InputError: for a half-written or damaged checkpoint, another format, or another number of classes.
@@ -296,6 +293,17 @@ def load_model(folder):
             and isinstance(ours.get("eval_dir"), str | None) and _are_counts(ours.get("class_counts"))):
         raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std, tta and facts of the dataset "
                          f"under {OUR_KEY!r}")
+    return ours
+
+
+def load_model(folder):
+    """(model in evaluation mode on the CPU, its `read_config`) of a checkpoint.
+
+    Raises:
+        InputError: as `read_config`, and for weights that are damaged or do not fit.
+    """
+    folder = Path(folder)
+    ours = read_config(folder)
     if (folder / CHECKSUMS).is_file():  # a copy for inference may lack it, as may an edited config.json its sum
         verify(folder, ["model.safetensors"])
     state = read_weights(folder / "model.safetensors")

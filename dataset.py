@@ -1,25 +1,19 @@
-"""The transforms, the dataset, the sampler, the loader.
+"""The geometry of the photos, the dataset, the sampler, the loader.
 
 Every random draw comes from (seed, epoch, position in the epoch), so that the batches of a step are the same for any
 number of workers, after a resume, and for any order of a directory listing.
 """
 import functools
-import os
-import random
 import signal
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 import distributed
 from layout import AGES, read_image
-
-# Without this, importing albumentations asks the network for its newest version.
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-import albumentations as A
-import cv2
 
 MILD = 1.35  # up to which shrinking needs no antialiasing
 
@@ -76,70 +70,21 @@ def _resize(pixels, size):
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
-class Jitter:
-    """Random changes of place, made in the same pass as crop and resize; each draws from the generator it is given.
-
-    Args:
-        flip: probability of the mirror image.
-        p: probability of the others, which then come together.
-        zoom: range of the magnification, drawn for height and width each.
-        shift: largest move in either direction, as a fraction of the size.
-        rotate: largest turn in either direction, in degrees.
-    """
-
-    def __init__(self, flip=0.0, p=0.0, zoom=(1.0, 1.0), shift=0.0, rotate=0.0):
-        self.flip, self.p, self.zoom, self.shift, self.rotate = flip, p, zoom, shift, rotate
-
-    def draw(self, rng, size):
-        """(whether to mirror the result, the (3, 3) map for a Geometry of this size or None)."""
-        is_mirrored, moves = rng.random(2) < (self.flip, self.p)
-        if not moves:
-            return is_mirrored, None
-        centre, zoom = np.array(size[::-1]) / 2 - 0.5, rng.uniform(*self.zoom, 2)
-        turn, shift = np.deg2rad(rng.uniform(-self.rotate, self.rotate)), rng.uniform(-self.shift, self.shift, 2) * size[::-1]
-        matrix = np.eye(3)
-        matrix[:2, :2] = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / zoom
-        matrix[:2, 2] = centre - matrix[:2, :2] @ (centre + shift)
-        return is_mirrored, matrix
-
-
-# To add one: a function that returns a list of transforms, and an entry here. The first may be a Jitter; the others are
-# albumentations transforms of uint8 RGB images of the final size.
-AUGMENTATIONS = {
-    "none": list,
-    "flip": lambda: [Jitter(flip=0.5)],
-    "base": lambda: [
-        Jitter(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
-        A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
-        A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
-    ],
-    "strong": lambda: [
-        Jitter(flip=0.5, p=0.9, zoom=(0.8, 1.2), shift=0.08, rotate=15),
-        A.ColorJitter(brightness=(0.7, 1.3), contrast=(0.7, 1.3), saturation=(0.7, 1.3), hue=(-0.03, 0.03), p=0.8),
-        A.OneOf([A.GaussianBlur(sigma_limit=(0.3, 1.2)), A.GaussNoise(std_range=(0.02, 0.08))], p=0.3),
-        A.Erasing(scale=(0.02, 0.15), fill="random", p=0.4),
-    ],
-}
-
-
 class MaskDataset(Dataset):
     """Photos as (image, target): image a uint8 tensor (3, height, width), RGB 0..255; target a row of `targets`.
 
     Args:
         photos: a table with `path`.
         geometry: the `Geometry`, applied to every photo.
-        augmentation: a name in AUGMENTATIONS, for items asked for as (index, draw seed); an item asked for by its index alone is
+        augment: an `augmentation.Augmentation`, for items asked for as (index, draw seed); an item asked for by its index alone is
             never augmented.
         targets: (N, 18) of `loss.soft_targets`, or None where nothing is to be learned (rows are then empty).
     """
 
-    def __init__(self, photos, geometry, augmentation="none", targets=None):
+    def __init__(self, photos, geometry, augment=None, targets=None):
         self.paths = photos.path.to_numpy(dtype=str)
         self.targets = torch.empty(len(photos), 0) if targets is None else targets
-        self.geometry = geometry
-        transforms = AUGMENTATIONS[augmentation]()
-        self.jitter = transforms.pop(0) if transforms and isinstance(transforms[0], Jitter) else Jitter()
-        self.augment = A.Compose(transforms)
+        self.geometry, self.augment = geometry, augment
 
     def __len__(self):
         return len(self.paths)
@@ -147,18 +92,7 @@ class MaskDataset(Dataset):
     def __getitem__(self, item):
         index, draw_seed = item if isinstance(item, tuple) else (item, None)
         pixels = read_image(self.paths[index], self.geometry.at_least)
-        if draw_seed is None:
-            image = self.geometry(pixels)
-        else:
-            rng = np.random.default_rng(draw_seed)
-            is_mirrored, jitter = self.jitter.draw(rng, self.geometry.size)
-            image = self.geometry(pixels, jitter)
-            image = cv2.flip(image, 1) if is_mirrored else image
-            if len(self.augment):
-                # One shared generator: set_random_seed would give every transform the same draws, so that an erased
-                # photo would always be a brightened one, too.
-                self.augment.set_random_state(rng, random.Random(draw_seed))
-                image = self.augment(image=image)["image"]
+        image = self.geometry(pixels) if draw_seed is None else self.augment(pixels, self.geometry, draw_seed)
         return torch.from_numpy(image).permute(2, 0, 1), self.targets[index]
 
 
@@ -222,7 +156,7 @@ def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
 def _collate(items):
     """A batch that keeps the layout of its photos in memory, height x width x RGB, which is what channels_last means."""
     images, targets = zip(*items, strict=True)
-    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.stack(targets)
+    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.stack(targets)
 
 
 def _start_worker(worker_id):
@@ -234,10 +168,30 @@ def _start_worker(worker_id):
     torch.set_num_threads(1)
 
 
-def normalize(images, mean, std, device):
-    """A uint8 batch (B, 3, H, W) to a float batch on `device`, channels last: (images / 255 - mean) / std."""
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last).float()
-    return images.sub_(_per_channel(tuple(mean), device)).div_(_per_channel(tuple(std), device))
+def moved_ahead(loader, device):
+    """The batches of a loader, their tensors on the device; on CUDA the next is copied there while one is computed with."""
+    if device.type != "cuda":
+        for batch in loader:
+            yield [part.to(device) for part in batch]
+        return
+    stream, ready = torch.cuda.Stream(device), None
+    for batch in loader:
+        with torch.cuda.stream(stream):
+            coming = [part.to(device, non_blocking=True) for part in batch]
+        if ready is not None:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for part in coming:
+            part.record_stream(torch.cuda.current_stream(device))  # its memory is free again once that one has used it
+        ready = coming
+    if ready is not None:
+        yield ready
+
+
+def normalize(images, mean, std):
+    """A uint8 batch (B, 3, H, W) to a float batch on its device, channels last: (images / 255 - mean) / std."""
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return images.sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
 
 
 @functools.cache  # a tensor made on the device would make the host wait for every batch

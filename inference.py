@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import distributed
-from checkpoint import find_checkpoint, load_model
-from dataset import Geometry, MaskDataset, create_loader, normalize
+from checkpoint import find_checkpoint, load_model, read_config
+from dataset import Geometry, MaskDataset, create_loader, moved_ahead, normalize
 from errors import ArgumentParser, InputError, run
 from export import find_onnx, onnx_predictor
 from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, find_part, list_images, read_eval
@@ -29,35 +29,35 @@ def main(argv=None):
     args = parse_args(argv)
     device = distributed.join(choose_device(args.device))
     tune(device)
-    check_output(args.output, args.save_probs)
     checkpoints = [find_checkpoint(model_dir) for model_dir in args.model_dir]
     weights = np.ones(len(checkpoints)) if args.model_weights is None else np.array(args.model_weights)
     if len(weights) != len(checkpoints) or not (weights >= 0).all() or not weights.sum() > 0:
         raise InputError(f"--model_weights {args.model_weights}: expected a number >= 0 for each of the {len(checkpoints)} "
                          f"--model_dir, not all 0")
-    members = [load_model(checkpoint) for checkpoint in checkpoints]
-    configs = [config for _, config in members]
+    configs = [read_config(checkpoint) for checkpoint in checkpoints]
+    photos, data_dir, is_eval = choose_photos(args.data_dir, configs[0], checkpoints[0])
+    output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
+    check_output(output, args.save_probs)
     if args.engine == "onnxruntime":
         with distributed.main_first():
             predictors = [onnx_predictor(find_onnx(checkpoint)) for checkpoint in checkpoints]
     else:
-        predictors = [torch_predictor(model.to(device, memory_format=torch.channels_last), (config["mean"], config["std"]), device,
-                                      args.amp) for model, config in members]
-
-    photos, data_dir, is_eval = choose_photos(args.data_dir, configs[0], checkpoints[0])
-    output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
+        predictors = []
+        for checkpoint, config in zip(checkpoints, configs, strict=True):
+            model = load_model(checkpoint)[0].to(device, memory_format=torch.channels_last)
+            predictors.append(torch_predictor(model, (config["mean"], config["std"]), args.amp))
     rank = distributed.rank()
     if rank == 0:
-        print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(members) > 1 else ''}"
+        print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(checkpoints) > 1 else ''}"
               f"{', '.join(map(str, checkpoints))}")
 
-    by_member = np.zeros((len(members), len(photos), NUM_CLASSES))
+    by_member = np.zeros((len(checkpoints), len(photos), NUM_CLASSES))
     geometries = [(tuple(config["size"]), tuple(config["crop"])) for config in configs]
     for geometry in dict.fromkeys(geometries):  # members of one geometry share its photos
         same = [i for i, other in enumerate(geometries) if other == geometry]
         dataset = MaskDataset(photos[["path"]], Geometry(*geometry))
         loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
-        by_member[same] = infer([(predictors[i], args.tta or configs[i]["tta"]) for i in same], loader)
+        by_member[same] = infer([(predictors[i], args.tta or configs[i]["tta"]) for i in same], loader, device)
     probabilities = np.tensordot(weights / weights.sum(), by_member, 1)
 
     distributed.leave()
@@ -70,7 +70,7 @@ def main(argv=None):
         print(table.head(10).to_string(index=False))
     check_predictions(table, photos, probabilities)
     print(histogram(predictions, configs[0].get("class_counts")))
-    for checkpoint, own in zip(checkpoints, by_member, strict=True) if len(members) > 1 else []:
+    for checkpoint, own in zip(checkpoints, by_member, strict=True) if len(checkpoints) > 1 else []:
         print(f"{checkpoint} differs from the vote on {(own.argmax(axis=1) != predictions).mean():.1%} of the photos")
     if args.save_probs:
         columns = pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)])
@@ -84,40 +84,45 @@ def main(argv=None):
 
 
 @torch.inference_mode()
-def infer(members, loader):
+def infer(members, loader, device):
     """Class probabilities of every photo of a loader by every member, in order: (K, N, 18), float32. Validation uses it, too.
 
     Args:
         members: K pairs (predict, tta): a function as `torch_predictor` gives; "hflip" for the mean over each photo and its
             mirror image, or "none".
         loader: of batches that begin with uint8 images (B, 3, H, W).
+        device: of the members.
     """
-    outputs = []
-    for images, *_ in tqdm(loader, disable=distributed.rank() > 0 or None, leave=False, desc="predict"):
+    outputs, is_quiet = [], distributed.rank() > 0 or None  # None: unless it is a terminal
+    for images, *_ in tqdm(moved_ahead(loader, device), "predict", len(loader), leave=False, disable=is_quiet):
         outputs.append(torch.stack([predict(images) if tta == "none" else (predict(images) + predict(images.flip(3))) / 2
                                     for predict, tta in members]))
     return torch.cat(distributed.in_order([output.cpu() for output in outputs]), dim=1).numpy()
 
 
-def torch_predictor(model, statistics, device, amp=None):
-    """A function from uint8 photos (B, 3, H, W) to probabilities (B, 18) on the device.
+def torch_predictor(model, statistics, amp=None):
+    """A function from uint8 photos (B, 3, H, W) to probabilities (B, 18), both on the model's device.
 
     Args:
-        model: in evaluation mode, on `device`.
+        model: in evaluation mode.
         statistics: (mean, std) of the normalization.
         amp: mixed precision; None means on CUDA only.
     """
     def predict(images):
-        with autocast(device, amp):
-            return model(normalize(images, *statistics, device)).float().softmax(dim=1)
+        with autocast(images.device, amp):
+            return model(normalize(images, *statistics)).float().softmax(dim=1)
     return predict
 
 
 def autocast(device, amp=None):
-    """Mixed precision context: bfloat16 where the device has it, else float16; a no-op when off (None: on CUDA only)."""
-    enabled = device.type == "cuda" if amp is None else amp
-    dtype = torch.float16 if device.type == "cuda" and not torch.cuda.is_bf16_supported() else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype, enabled=enabled)
+    """Mixed precision context in `half_precision`; a no-op when off (None: on CUDA only)."""
+    return torch.autocast(device.type, dtype=half_precision(device), enabled=device.type == "cuda" if amp is None else amp)
+
+
+def half_precision(device):
+    """bfloat16, or float16 on a CUDA device that has it not, or only emulates it."""
+    lacks = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.float16 if lacks else torch.bfloat16
 
 
 def choose_device(name):

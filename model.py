@@ -61,7 +61,7 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
         InputError: for an unknown name, weights that cannot be had or do not fit, a size the model cannot take, or a factored
             head where the model does not end in one linear layer.
     """
-    build = MODELS.get(name) or _timm_builder(name)
+    build = find_builder(name, weights)
     if weights == "imagenet":
         # Weights that are cached load at once, and those that are not fail at once instead of after a minute of retries.
         huggingface_hub.constants.HF_HUB_OFFLINE |= not _is_reachable(huggingface_hub.constants.ENDPOINT)
@@ -93,6 +93,13 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
         layer = head_name(model)
         model.set_submodule(layer, FactoredHead(model.get_submodule(layer).in_features))
     return model
+
+
+def find_builder(name, weights):
+    """The function that builds a backbone; InputError if there is none of that name, or no such weights file."""
+    if weights not in ("imagenet", "none") and not Path(weights).is_file():
+        raise InputError(f"--weights {weights}: no such weights file; expected imagenet, none, or a .safetensors or .pth file")
+    return MODELS.get(name) or _timm_builder(name)
 
 
 def zero_residuals(model):
@@ -139,10 +146,8 @@ def read_tensors(path):
     """The tensors of a .safetensors or .pth file by name, read without running any code that the file may hold.
 
     Raises:
-        InputError: if the file is missing, damaged, or holds anything but tensors.
+        InputError: if the file is damaged, or holds anything but tensors.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such weights file; expected imagenet, none, or a .safetensors or .pth file")
     try:
         state = timm.models.load_state_dict(str(path), use_ema=True, weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the readers raise

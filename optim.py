@@ -9,14 +9,14 @@ NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --n
               "--output_dir")
 
 
-def create_optimizer(model, name, lr, weight_decay):
-    """timm's optimizer of that name (adamw, sgd, adam, ...), without weight decay on norms and biases.
-
-    Raises:
-        InputError: for an unknown name.
-    """
+def check_optimizer(name):
+    """InputError for a name that timm does not know."""
     if name.lower() not in timm.optim.list_optimizers():
         raise InputError(f"--optimizer {name}: unknown; such as adamw, sgd, adam, lamb, nadamw")
+
+
+def create_optimizer(model, name, lr, weight_decay):
+    """timm's optimizer of that name (adamw, sgd, adam, ...), without weight decay on norms and biases."""
     # one pass over the weights instead of a dozen, where torch has it
     fused = {"fused": True} if name.lower() in ("adamw", "adam", "sgd") else {}
     return timm.optim.create_optimizer_v2(model, opt=name.lower(), lr=lr, weight_decay=weight_decay, momentum=0.9, **fused)

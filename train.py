@@ -22,6 +22,7 @@ from timm.utils import ModelEmaV3
 from tqdm import tqdm
 
 import distributed
+from augmentation import AUGMENTATIONS, Augmentation
 from check_data import drop_bad_images
 from checkpoint import (
     as_flag,
@@ -35,14 +36,14 @@ from checkpoint import (
     save_checkpoint,
     was_begun_by,
 )
-from dataset import AUGMENTATIONS, SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, normalize
+from dataset import SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
-from inference import autocast, choose_device, choose_workers, infer, torch_predictor, tune
+from inference import autocast, choose_device, choose_workers, half_precision, infer, torch_predictor, tune
 from layout import NUM_CLASSES, find_part, read_train, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
-from model import HEADS, TTA, create_model, input_statistics
-from optim import NOT_FINITE, check_weights, create_optimizer, learning_rate
+from model import HEADS, TTA, create_model, find_builder, input_statistics
+from optim import NOT_FINITE, check_optimizer, check_weights, create_optimizer, learning_rate
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
 from sample_data import draw_sample_dataset
@@ -88,7 +89,8 @@ def main(argv=None):
     train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds, args.fold)
     geometry = Geometry(args.resize, args.crop)
     sampler = EpochSampler(train_photos, args.batch_size, args.sampler, args.seed)
-    train_set = MaskDataset(train_photos, geometry, args.augmentation, soft_targets(train_photos, args.age_sigma, args.old_age))
+    targets = soft_targets(train_photos, args.age_sigma, args.old_age)
+    train_set = MaskDataset(train_photos, geometry, Augmentation(args.augmentation), targets)
     num_workers = choose_workers(args.num_workers, device)
     train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
     valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
@@ -107,8 +109,8 @@ def main(argv=None):
     criterion = LogitAdjustedLoss(criterion, labels, args.logit_adjustment).to(device)
     distributed.check_processes(criterion, sampler)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    # Skips an update whose gradient is not finite, without making the host wait; it scales for float16 only.
-    is_float16 = args.amp is not False and device.type == "cuda" and not torch.cuda.is_bf16_supported()
+    # Skips an update whose gradient is not finite, for a fused optimizer without making the host wait; it scales for float16 only.
+    is_float16 = args.amp is not False and device.type == "cuda" and half_precision(device) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=device.type != "mps",
                                   **({} if is_float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}))
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
@@ -126,7 +128,8 @@ def main(argv=None):
             delete_run(output_dir)
         if is_main:
             print(distributed.launch(), end="", file=lock, flush=True)
-        losses, training_state = [], resume(output_dir, state) if args.resume else None
+        training_state = resume(output_dir, state) if args.resume else None
+    losses, unread = [], []  # since the last evaluation: as floats, and on the device
     if len(set(distributed.gather(state["step"]))) > 1:
         raise InputError(f"--output_dir {output_dir}: the processes see different checkpoints in it; expected a folder that all "
                          f"machines share")
@@ -137,7 +140,7 @@ def main(argv=None):
             scaler.load_state_dict(training_state["scaler"])
             if ema:
                 ema.module.load_state_dict(training_state["ema"])
-            losses = list(training_state["losses"].to(device))  # since the last evaluation
+            losses = training_state["losses"].tolist()
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--resume: the last checkpoint in {output_dir} does not fit --model {args.model} as it is now "
                              f"({reason(error)}); pass another --output_dir") from None
@@ -152,7 +155,7 @@ def main(argv=None):
 
     # The two halves of a step, called by train_one_epoch.
     def backward(images, targets, share, is_last):
-        images, targets = normalize(images, *statistics, device), targets.to(device, non_blocking=True)
+        images = normalize(images, *statistics)
         with distributed.without_sync(parallel_model, is_last):
             with autocast(device, args.amp):
                 logits = parallel_model(images)
@@ -173,9 +176,11 @@ def main(argv=None):
             ema.update(model, step)
         return norm.new_zeros(()) if is_float16 else norm  # of float16 the scaler skips what overflows, as a matter of course
 
-    def check_losses(step):
-        """The losses since the last evaluation as floats; InputError if one, or a gradient, is not finite."""
-        values = distributed.mean(torch.stack(losses)).tolist()
+    def read_losses(step):
+        """Fetch the losses that were not read yet from the device; InputError if one, or a gradient, is not finite."""
+        values = distributed.mean(torch.stack(unread)).tolist() if unread else []
+        unread.clear()
+        losses.extend(values)
         if not np.isfinite(values).all():
             bad = step - len(values) + 1 + int(np.argmin(np.isfinite(values)))
             sampler.set_epoch((bad - 1) // steps_per_epoch, (bad - 1) % steps_per_epoch * args.accumulation_steps)
@@ -187,14 +192,13 @@ def main(argv=None):
             rate = learning_rate(bad, total_steps, args.lr, args.warmup)
             raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate:.2g}; {paths[0]} and "
                              f"its other photos are in {output_dir / 'bad_batch.txt'}); {NOT_FINITE}")
-        return values
 
     def save(predictions):
         if not is_main:
             return None
         folder = save_checkpoint(output_dir, inference_model, config, state, predictions, {
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-            "ema": ema.module.state_dict() if ema else None, "losses": torch.stack(losses) if losses else torch.empty(0)})
+            "ema": ema.module.state_dict() if ema else None, "losses": torch.tensor(losses)})
         prune_checkpoints(output_dir, args.keep_last)
         return folder
 
@@ -206,23 +210,25 @@ def main(argv=None):
         log.info(f"the run is complete: {state['step']} of {total_steps} steps; pass {more} to train on")
     for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
-        for step, loss, count in train_one_epoch(model, train_loader, args.accumulation_steps, backward, update_weights, args.seed,
-                                                 state["step"], sampler.sizes()):
-            losses.append(loss)
+        batches = zip(moved_ahead(train_loader, device), sampler.sizes(), strict=True)
+        for step, loss, count in train_one_epoch(model, batches, args.accumulation_steps, backward, update_weights, args.seed,
+                                                 state["step"]):
+            unread.append(loss)
             recent += count
             bar.update()
             state |= {"step": step, "epoch": round(step / steps_per_epoch, 4)}
             rate = learning_rate(step, total_steps, args.lr, args.warmup)
             stop_signal = stopper.agreed(step, args.log_interval)
             if step % args.log_interval == 0:
-                value = check_losses(step)[-args.log_interval:]
+                read_losses(step)
                 speed = recent / (time.perf_counter() - since)
                 if is_main:
-                    report_step(bar, board, step, total_steps, float(np.mean(value)), rate, speed)
+                    report_step(bar, board, step, total_steps, float(np.mean(losses[-args.log_interval:])), rate, speed)
                 recent, since = 0, time.perf_counter()
             if step % args.eval_steps == 0 or step == total_steps:
-                metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(check_losses(step)))}
-                losses = []
+                read_losses(step)
+                metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(losses))}
+                losses.clear()
                 check_weights(model, inference_model, step, rate)
                 predictions = None
                 if len(valid_photos):
@@ -238,7 +244,7 @@ def main(argv=None):
                 if is_exhausted(state, args.patience):
                     break
             elif stop_signal:
-                losses = list(torch.tensor(check_losses(step)))
+                read_losses(step)
                 check_weights(model, inference_model, step, rate)
                 save(None)
             if stop_signal and step < total_steps:
@@ -257,24 +263,23 @@ def main(argv=None):
     distributed.leave()
 
 
-def train_one_epoch(model, loader, accumulation_steps, backward, update_weights, seed, step, sizes):
-    """Train over the loader's batches; a generator that stops after each optimizer step.
+def train_one_epoch(model, batches, accumulation_steps, backward, update_weights, seed, step):
+    """Train over an epoch's batches; a generator that stops after each optimizer step.
 
     Args:
         model: put into training mode before every step, since an evaluation may have come between.
-        loader: of (images, targets) batches.
+        batches: of ((images, targets) on the device, photos of the batch in all processes together).
         accumulation_steps: batches to an optimizer step.
         backward: (images, targets, share, is_last) -> the batch's mean loss times its share of the step; adds its gradients.
         update_weights: called with the step's number when its gradients are there; returns a tensor that is finite if they are.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
-        sizes: photos of each batch, of all processes together.
 
     Yields:
         (step, loss, photos): steps done; a tensor whose mean over the processes is the mean loss over the step's photos
         (reading it would make the host wait; it is not finite if the gradient is not); their number.
     """
-    batches, rank, world_size = zip(loader, sizes, strict=True), distributed.rank(), distributed.world_size()
+    rank, world_size = distributed.rank(), distributed.world_size()
     while group := list(islice(batches, accumulation_steps)):
         step += 1
         model.train()
@@ -290,7 +295,7 @@ def train_one_epoch(model, loader, accumulation_steps, backward, update_weights,
 def evaluate(model, loader, photos, statistics, device, tta, amp):
     """Predict the validation photos: the table of `tabulate`."""
     model.eval()
-    predictions = tabulate(photos, infer([(torch_predictor(model, statistics, device, amp), tta)], loader)[0])
+    predictions = tabulate(photos, infer([(torch_predictor(model, statistics, amp), tta)], loader, device)[0])
     if predictions.p0.isna().any():
         raise InputError(f"{photos.path[predictions.p0.isna().argmax()]}: the model gives no finite probability; {NOT_FINITE}")
     return predictions
@@ -422,6 +427,9 @@ def check_args(args):
                 if not low <= number < (high or math.inf):
                     below = f" and below {high}" if high else ""
                     raise InputError(f"--{name} {number}: out of range; expected at least {low}{below}")
+    find_builder(args.model, args.weights)
+    check_optimizer(args.optimizer)
+    create_loss(args.criterion, None if args.class_weights == "none" else torch.ones(NUM_CLASSES))
     if max(args.crop) > 1:
         raise InputError(f"--crop {args.crop[0]:g} {args.crop[1]:g}: out of range; expected fractions of the photo, at most 1")
     if args.n_folds == 1 or args.n_folds < 0 or not 0 <= args.fold < max(args.n_folds, 1):

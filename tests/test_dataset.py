@@ -12,7 +12,8 @@ from PIL import Image
 from scipy.stats import norm
 
 import layout
-from dataset import AUGMENTATIONS, EpochSampler, Geometry, MaskDataset, create_loader
+from augmentation import AUGMENTATIONS, Augmentation
+from dataset import EpochSampler, Geometry, MaskDataset, create_loader
 from errors import InputError
 from layout import age_band, decode, encode, read_eval, read_image, read_train, split_people
 from loss import soft_targets
@@ -220,7 +221,7 @@ def test_a_large_jpeg_is_decoded_no_smaller_than_asked_and_as_pillow_does(tmp_pa
 def test_training_and_validation_share_the_geometry_and_only_training_is_augmented(dataset):
     photos = read_train(dataset)
     plain = MaskDataset(photos, Geometry((32, 24)))
-    train = MaskDataset(photos, Geometry((32, 24)), "strong")
+    train = MaskDataset(photos, Geometry((32, 24)), Augmentation("strong"))
     assert torch.equal(plain[3][0], train[3][0])  # asked for without a draw seed, as validation does
     assert not torch.equal(plain[3][0], train[3, 7][0])
     assert torch.equal(train[3, 7][0], train[3, 7][0]) and not torch.equal(train[3, 7][0], train[3, 8][0])
@@ -258,7 +259,7 @@ def test_labels_are_never_read_from_images(dataset):
 @pytest.mark.parametrize("augmentation", AUGMENTATIONS)
 def test_transforms_of_a_preset_draw_independently(augmentation):
     """Given one seed for all, every transform would draw the same number: flipped photos would be the brightened ones."""
-    transforms = MaskDataset(pd.DataFrame({"path": []}), None, augmentation).augment
+    transforms = Augmentation(augmentation).others
     if not len(transforms):
         return
     import random
@@ -268,7 +269,7 @@ def test_transforms_of_a_preset_draw_independently(augmentation):
 
 
 def batches(photos, workers, sampler, epoch=0, first=0):
-    data = MaskDataset(photos, Geometry((16, 16)), "base")
+    data = MaskDataset(photos, Geometry((16, 16)), Augmentation("base"))
     order = EpochSampler(photos, 16, sampler, seed=4)
     order.set_epoch(epoch, first)
     return list(create_loader(data, workers, batch_sampler=order))
