@@ -1,18 +1,16 @@
 """Loading, training and prediction against what else one would use, pair by pair in one run on the same photos.
 
     python -m benchmarks.speed                                               # everything, on the sample's photos
-    python -m benchmarks.speed --data_dir DIR --only loading --rounds 5
+    python -m benchmarks.speed --data_dir DIR --only prediction --rounds 5
 
-Each figure is a process of its own, which is timed inside from its first batch on, so that start-up and export do not count; its
-peak memory is that of its largest process. The two of a pair take turns; the ratio is the median over the rounds. The stock
-transform is the competition's baseline: Pillow, then torchvision's Resize, ToTensor and Normalize. timm's sides are its own loader
-and the steps of its training and inference scripts with their default flags.
+Each figure is a process of its own, timed inside once it runs steadily, so that start-up and export do not count. Its memory is the
+peak of the whole tree of processes (proportional set size, looked at twice a second; Linux). The two of a pair take turns; the
+ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize, ToTensor
+and Normalize. timm's sides are its own loader, and the inner loops of its training and inference scripts with their default flags.
 """
 import argparse
 import json
-import os
 import re
-import resource
 import subprocess
 import sys
 import tempfile
@@ -22,8 +20,9 @@ from pathlib import Path
 import pandas as pd
 
 ROOT = Path(__file__).parent.parent
-LARGE, SMALL = (384, 288), (128, 96)
-BATCH = 32
+LARGE, SMALL, CROP = (384, 288), (128, 96), (0.8, 0.95)
+BATCH, WARM_UP = 32, 4
+LOADED, TRAINED = 63 * BATCH, 21 * BATCH  # photos; 288 and 96 people
 # (section, what is measured, against, the ratio asked for); a name is a function here, with an argument after the colon.
 PAIRS = [
     ("loading", "load_training", "load_stock", 2.5),
@@ -42,76 +41,108 @@ PAIRS = [
 def main(argv=None):
     args = parse_args(argv)
     if args.work:
-        print(json.dumps(measure(args)))
+        name, _, model = args.work.partition(":")
+        print(json.dumps(globals()[name](*([args, model] if model else [args]))))
         return
+    from inference import choose_device
     from sample_data import draw_sample_dataset
     args.data_dir = args.data_dir or draw_sample_dataset("data/sample")
+    args.device = str(choose_device(args.device))
     rows = []
-    for section, own, other, asked in PAIRS:
-        if args.only and section not in args.only:
-            continue
-        rounds = [(run(own, args), run(other, args)) for _ in range(args.rounds)]
-        table = pd.DataFrame([{"speed": a["speed"], "other": b["speed"], "ratio": a["speed"] / b["speed"], "memory": a["memory"],
-                               "other_memory": b["memory"]} for a, b in rounds])
-        rows.append({"what": own, "against": other, **table.median(), "ratio_low": table.ratio.min(),
-                     "ratio_high": table.ratio.max(), "asked": asked})
-        print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:.2f}".format), flush=True)
-    pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.3f")
-    print(f"images/s and MB, medians of {args.rounds} rounds; {describe_machine()}; wrote {args.out}")
+    with tempfile.TemporaryDirectory() as args.folder:
+        for section, own, other, asked in PAIRS:
+            if (args.only and section not in args.only) or (args.device != "cpu" and "onnxruntime" in own):
+                continue
+            model = own.partition(":")[2]
+            if section == "prediction" and not (Path(args.folder) / model).is_dir():
+                run(f"prepare:{model}", args)
+            rounds = [(run(own, args), run(other, args)) for _ in range(args.rounds)]
+            table = pd.DataFrame([{"speed": a[0], "other": b[0], "ratio": a[0] / b[0], "memory": a[1], "other_memory": b[1]}
+                                  for a, b in rounds])
+            rows.append({"what": own, "against": other, **table.median(), "ratio_low": table.ratio.min(),
+                         "ratio_high": table.ratio.max(), "asked": asked})
+            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:.2f}".format), flush=True)
+            pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.3f")
+    print(f"images/s and MB, medians of {args.rounds} rounds; {describe_machine(args.device)}; wrote {args.out}")
 
 
 def run(work, args):
-    """One measurement in a process of its own: {"speed": images/s, "memory": MB}."""
+    """One measurement in a process of its own: (images/s, MB)."""
     argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--work", work, "--data_dir", str(args.data_dir),
-            "--photos", str(args.photos), "--device", args.device]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{work} failed: {done.stderr.strip()}")
-    return json.loads(done.stdout.splitlines()[-1])
+            "--device", args.device, "--folder", args.folder]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process, memory = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=errors), 0
+        while process.poll() is None:
+            memory = max(memory, proportional_memory(process.pid))
+            time.sleep(0.5)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            sys.exit(f"{work} failed: {errors.read().strip()}")
+        return json.loads(out.read().splitlines()[-1]), memory
 
 
-def measure(args):
-    name, _, model = args.work.partition(":")
-    speed = globals()[name](*([args, model] if model else [args]))
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return {"speed": speed, "memory": max(peaks) / 1024}
+def proportional_memory(pid):
+    """MB of a process and its descendants, pages that they share counted once; 0 where the system does not tell."""
+    try:
+        own = int(re.search(r"^Pss: +(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)[1]) / 1024
+        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    except (OSError, TypeError):  # it has ended
+        return 0
+    return own + sum(map(proportional_memory, children))
 
 
-def rate(batches, batch_size):
-    """Images/s of an iterable of batches, from its second batch on."""
-    batches = iter(batches)
-    next(batches)
-    started = time.perf_counter()
-    count = sum(1 for _ in batches)
-    return count * batch_size / (time.perf_counter() - started)
+def rate(counts, warm_up=1):
+    """Images/s of an iterable that yields the size of each batch, once some have passed."""
+    import torch
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    counts = iter(counts)
+    for _ in range(warm_up):
+        next(counts)
+    wait()
+    started, total = time.perf_counter(), sum(counts)
+    wait()
+    return total / (time.perf_counter() - started)
 
 
-# --- loading, one process ---
+# --- loading: normalized batches on the device, one loader process ---
 
-def training_photos(args):
+def training_photos(args, count=LOADED):
     from layout import read_train
     photos = read_train(args.data_dir)
-    return photos.iloc[:len(photos) // BATCH * BATCH][:args.photos].reset_index(drop=True)
+    if len(photos) < count:
+        sys.exit(f"{args.data_dir}: {len(photos)} photos are too few for this measurement; pass a --data_dir with {count}")
+    return photos.iloc[:count].reset_index(drop=True)
 
 
 def decode(args):
     """OpenCV alone, in one thread."""
     import cv2
     cv2.setNumThreads(0)
-    return rate((cv2.imread(path) for path in training_photos(args).path), 1)
+    return rate(len(cv2.imread(path)) > 0 for path in training_photos(args).path)
 
 
 def load_training(args):
     """This project's loader with the default recipe's augmentation."""
+    from augmentation import Augmentation
     from dataset import EpochSampler, Geometry, MaskDataset, create_loader
     photos = training_photos(args)
-    data = MaskDataset(photos, Geometry(LARGE, (0.8, 0.95)), "base")
-    return rate(create_loader(data, 1, batch_sampler=EpochSampler(photos, BATCH)), BATCH)
+    data = MaskDataset(photos, Geometry(LARGE, CROP), Augmentation("base"))
+    return rate(normalized(create_loader(data, 1, batch_sampler=EpochSampler(photos, BATCH)), args))
 
 
 def load_validation(args):
     from dataset import Geometry, MaskDataset, create_loader
-    return rate(create_loader(MaskDataset(training_photos(args), Geometry(LARGE, (0.8, 0.95))), 1, BATCH), BATCH)
+    return rate(normalized(create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH), args))
+
+
+def normalized(loader, args):
+    import torch
+
+    from dataset import moved_ahead, normalize
+    from model import IMAGENET_MEAN, IMAGENET_STD
+    for images, *_ in moved_ahead(loader, torch.device(args.device)):
+        yield len(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
 
 
 def load_stock(args):
@@ -129,44 +160,45 @@ def load_stock(args):
 
         def __getitem__(self, index):
             return self.transform(Image.open(self.paths[index]))
-    return rate(DataLoader(Stock(), BATCH, num_workers=1), BATCH)
+    return rate(len(images.to(args.device)) for images in DataLoader(Stock(), BATCH, num_workers=1))
 
 
 def load_timm(args):
-    return rate(timm_loader(args, LARGE, num_workers=1), BATCH)
+    """timm's loader with what is comparable: crop and resize, mirror image, brightness and contrast as often, erasing."""
+    return rate(len(images) for images, _ in timm_loader(args, LOADED, LARGE, num_workers=1, scale=(0.7, 1.0), re_prob=0.25,
+                                                         color_jitter=(0.2, 0.2, 0.0), color_jitter_prob=0.5))
 
 
-def timm_loader(args, size, num_workers):
-    """timm's training loader: random crop and resize, flip, brightness and contrast, erasing; normalization on the device."""
+def timm_loader(args, count, size, **kwargs):
     import timm.data
     import torch
-    folder = Path(args.data_dir) / "train" / "images"
-    data = timm.data.ImageDataset(str(folder), target_transform=lambda target: target % 18)
-    data.reader.samples = data.reader.samples[:args.photos // BATCH * BATCH]
-    return timm.data.create_loader(data, (3, *size), BATCH, is_training=True, scale=(0.7, 1.0), hflip=0.5, color_jitter=0.2,
-                                   re_prob=0.25, num_workers=num_workers, device=torch.device(args.device))
+    data = timm.data.ImageDataset(str(Path(args.data_dir) / "train" / "images"), target_transform=lambda target: target % 18)
+    data.reader.samples = data.reader.samples[:count]
+    return timm.data.create_loader(data, (3, *size), BATCH, is_training=True, device=torch.device(args.device), **kwargs)
 
 
 # --- training ---
 
 def train(args, model):
-    """train.py as it is, its own images/s after the first lines."""
+    """train.py as it is: its own images/s, after the first line."""
     from benchmarks.recipes import link_people
-    people = set(training_photos(args).person)
+    people = set(training_photos(args, TRAINED).person)
     with tempfile.TemporaryDirectory() as folder:
         data = link_people(args.data_dir, people, Path(folder) / "data")
         done = subprocess.run([sys.executable, ROOT / "train.py", "--data_dir", data, "--model", model, "--weights", "none",
                                "--resize", *map(str, SMALL), "--batch_size", str(BATCH), "--epochs", "1", "--val_ratio", "0",
-                               "--log_interval", "4", "--augmentation", "base", "--device", args.device, "--output_dir",
-                               Path(folder) / "results"], capture_output=True, text=True, check=True)
+                               "--log_interval", str(WARM_UP), "--augmentation", "base", "--crop", *map(str, CROP), "--device",
+                               args.device, "--output_dir", Path(folder) / "results"], capture_output=True, text=True, check=True)
     speeds = [float(speed) for speed in re.findall(r"([\d.]+) images/s", done.stdout)][1:]
-    return pd.Series(speeds).median()
+    return len(speeds) / sum(1 / speed for speed in speeds)  # of equal numbers of steps
 
 
 def train_timm(args, model, channels_last=False):
-    """The inner loop of timm's train.py, with its loader."""
-    loader = timm_loader(args, SMALL, num_workers=min(4, len(os.sched_getaffinity(0))))
-    return rate(plain_loop(args, model, loader, channels_last), BATCH)
+    """The inner loop of timm's train.py with its default flags, but for --channels-last."""
+    import timm.optim
+    loader = timm_loader(args, TRAINED, SMALL, num_workers=min(4, cores()), interpolation="random")
+    return rate(plain_loop(args, model, loader, channels_last, lambda network: timm.optim.create_optimizer_v2(
+        network, "sgd", lr=0.05, weight_decay=2e-5, momentum=0.9)), WARM_UP)
 
 
 def train_timm_channels_last(args, model):
@@ -174,63 +206,65 @@ def train_timm_channels_last(args, model):
 
 
 def train_in_memory(args, model):
-    """The same loop over one batch that is in memory already: what no loader can do better than."""
+    """A bare loop over one batch that is in memory already: what no loader can do better than."""
     import torch
+
+    from inference import autocast, tune
+    tune(torch.device(args.device))
     batch = torch.randn(BATCH, 3, *SMALL, device=args.device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(BATCH, device=args.device) % 18
-    return rate(plain_loop(args, model, [(batch, labels)] * (args.photos // BATCH), channels_last=True), BATCH)
+    with autocast(torch.device(args.device)):
+        return rate(plain_loop(args, model, [(batch, labels)] * (TRAINED // BATCH), True, lambda network: torch.optim.AdamW(
+            network.parameters(), lr=1e-3, fused=True)), WARM_UP)
 
 
-def plain_loop(args, name, loader, channels_last):
-    """Forward, backward, step; yields after each, as its median step would be logged by timm: the loss is read now and then."""
+def plain_loop(args, name, loader, channels_last, create_optimizer):
+    """Forward, backward, step; yields the size of each batch."""
     import timm
     import torch
-    model = timm.create_model(name, num_classes=18, drop_rate=0.2).to(args.device)
+    model = timm.create_model(name, num_classes=18).to(args.device)
     if channels_last:
         model = model.to(memory_format=torch.channels_last)
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
-    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
-    for step, (images, targets) in enumerate(loader):
+    optimizer, criterion = create_optimizer(model), torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    for images, targets in loader:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         loss = criterion(model(images), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            loss.item()
-        yield
+        yield len(images)
 
 
 # --- prediction ---
 
-def checkpoint(args, model, folder):
-    """A checkpoint of untrained weights, as train.py would write it."""
+def prepare(args, model):
+    """A checkpoint of untrained weights, as train.py would write it, and its ONNX file."""
     from checkpoint import model_config, save_checkpoint
     from dataset import Geometry
+    from export import find_onnx
     from model import create_model
-    network, geometry = create_model(model, SMALL), Geometry(SMALL, (0.8, 0.95))
+    network, geometry = create_model(model, SMALL), Geometry(SMALL, CROP)
+    config = model_config(network, model, geometry, "none", {})
     state = {"step": 1, "best_step": 1, "history": [], "args": {}}
-    return save_checkpoint(folder, network, model_config(network, model, geometry, "none", {}), state, None, {})
+    find_onnx(save_checkpoint(Path(args.folder) / model, network, config, state, None, {}))
 
 
 def predict_torch(args, model):
     import torch
 
     from checkpoint import load_model
-    from inference import torch_predictor
-    with tempfile.TemporaryDirectory() as folder:
-        network, config = load_model(checkpoint(args, model, folder))
-    device = torch.device(args.device)
-    network.to(device, memory_format=torch.channels_last)
-    return predict(args, torch_predictor(network, (config["mean"], config["std"]), device))
+    from inference import torch_predictor, tune
+    tune(torch.device(args.device))
+    network, config = load_model(Path(args.folder) / model / "checkpoint-1")
+    network.to(args.device, memory_format=torch.channels_last)
+    return predict(args, torch_predictor(network, (config["mean"], config["std"])))
 
 
 def predict_onnxruntime(args, model):
-    from export import find_onnx, onnx_predictor
-    with tempfile.TemporaryDirectory() as folder:
-        return predict(args, onnx_predictor(find_onnx(checkpoint(args, model, folder))))
+    from export import onnx_predictor
+    return predict(args, onnx_predictor(Path(args.folder) / model / "checkpoint-1" / "model.onnx"))
 
 
 def predict(args, predictor):
@@ -240,17 +274,16 @@ def predict(args, predictor):
     from dataset import Geometry, MaskDataset, create_loader
     from inference import choose_workers, infer
     from layout import read_eval
-    photos = read_eval(args.data_dir)
-    geometry = Geometry(SMALL, (0.8, 0.95))
-    loader = create_loader(MaskDataset(photos, geometry), choose_workers(-1, torch.device(args.device)), 64)
-    infer([(predictor, "none")], create_loader(MaskDataset(photos[:64], geometry), 0, 64))
-    started = time.perf_counter()
-    infer([(predictor, "none")], loader)
-    return len(photos) / (time.perf_counter() - started)
+    photos, geometry, device = read_eval(args.data_dir), Geometry(SMALL, CROP), torch.device(args.device)
+
+    def predicted(part):
+        loader = create_loader(MaskDataset(part, geometry), choose_workers(-1, device), 64)
+        return infer([(predictor, "none")], loader, device).shape[1]
+    return rate(predicted(part) for part in (photos[:64], photos))
 
 
 def predict_timm(args, model):
-    """A plain loop as in timm's inference.py: its transform, its loader with two workers, eager."""
+    """The loop of timm's inference.py: its transform, its loader with two workers, eager."""
     import timm
     import timm.data
     import torch
@@ -258,20 +291,22 @@ def predict_timm(args, model):
     data = timm.data.ImageDataset(str(Path(args.data_dir) / "eval"))
     loader = timm.data.create_loader(data, (3, *SMALL), 64, num_workers=2, crop_pct=0.95, device=torch.device(args.device))
     with torch.inference_mode():
-        network(torch.zeros(64, 3, *SMALL, device=args.device))
-        started = time.perf_counter()
-        outputs = [network(images).softmax(-1).cpu() for images, _ in loader]
-    return sum(map(len, outputs)) / (time.perf_counter() - started)
+        return rate(len(network(images).softmax(-1).cpu()) for images, _ in loader)
 
 
-def describe_machine():
+def cores():
+    import os
+    return len(os.sched_getaffinity(0))
+
+
+def describe_machine(device):
     import platform
 
     import cv2
     import timm
     import torch
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{len(os.sched_getaffinity(0))} CPU cores"
-    return f"{platform.machine()}, {device}; torch {torch.__version__}, timm {timm.__version__}, opencv {cv2.__version__}"
+    hardware = f"{cores()} CPU cores" if device == "cpu" else torch.cuda.get_device_name()
+    return f"{platform.machine()}, {hardware}; torch {torch.__version__}, timm {timm.__version__}, opencv {cv2.__version__}"
 
 
 def parse_args(argv=None):
@@ -279,10 +314,10 @@ def parse_args(argv=None):
     parser.add_argument("--data_dir", help="dataset with a train and an eval part (default: the sample)")
     parser.add_argument("--only", nargs="+", choices=["loading", "training", "prediction"], help="sections to measure")
     parser.add_argument("--rounds", type=int, default=3, help="times that each pair takes turns")
-    parser.add_argument("--photos", type=int, default=768, help="training photos of a measurement, at most")
-    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", default="speed.csv", help="csv to write")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
