@@ -28,7 +28,7 @@ class Jitter:
         self.flip, self.p, self.zoom, self.shift, self.rotate = flip, p, zoom, shift, rotate
 
     def draw(self, rng, size):
-        """(whether to mirror the result, the (3, 3) map for a Geometry of this size or None)."""
+        """(whether to mirror the result, the (3, 3) map for a Geometry of this size or None): a map mirrors by itself."""
         is_mirrored, moves = rng.random(2) < (self.flip, self.p)
         if not moves:
             return is_mirrored, None
@@ -37,7 +37,7 @@ class Jitter:
         matrix = np.eye(3)
         matrix[:2, :2] = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) / zoom
         matrix[:2, 2] = centre - matrix[:2, :2] @ (centre + shift)
-        return is_mirrored, matrix
+        return False, matrix @ [[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]] if is_mirrored else matrix
 
 
 # The first of a list may be a Jitter; the others are albumentations transforms of uint8 RGB images of the final size.

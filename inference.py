@@ -6,7 +6,9 @@
 
 Model, input size, crop, mirroring, normalization and classes come from the checkpoint.
 """
+import ctypes
 import os
+import platform
 import shlex
 from argparse import BooleanOptionalAction
 from pathlib import Path
@@ -140,7 +142,15 @@ def choose_device(name):
 
 
 def tune(device, deterministic=False):
-    """Let CUDA try its convolutions for the fastest and round float32 to TF32, or let every operation repeat itself exactly."""
+    """Let CUDA try its convolutions for the fastest and round float32 to TF32, or let every operation repeat itself exactly.
+
+    On the CPU, let the C library (glibc) keep what is freed for the next step: pages that go back to the system are cleared by it,
+    one by one, when they are wanted again, which takes a fifth of a training step.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for a large tensor
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

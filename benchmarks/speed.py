@@ -4,8 +4,8 @@
     python -m benchmarks.speed --data_dir DIR --only prediction --rounds 5
 
 Each figure is a process of its own, timed inside once it runs steadily, so that start-up and export do not count. Its memory is the
-peak of the whole tree of processes (proportional set size, looked at twice a second; Linux). The two of a pair take turns; the
-ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize, ToTensor
+peak of the whole tree of processes (proportional set size, looked at twice a second; Linux). Those that are compared take turns;
+a ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize, ToTensor
 and Normalize. timm's sides are its own loader, and the inner loops of its training and inference scripts with their default flags.
 """
 import argparse
@@ -23,26 +23,20 @@ ROOT = Path(__file__).parent.parent
 LARGE, SMALL, CROP = (384, 288), (128, 96), (0.8, 0.95)
 BATCH, WARM_UP = 32, 4
 LOADED, TRAINED = 63 * BATCH, 21 * BATCH  # photos; 288 and 96 people
-# (section, what is measured, against, the ratio asked for); a name is a function here, with an argument after the colon.
-PAIRS = [
-    ("loading", "load_training", "load_stock", 2.5),
-    ("loading", "load_training", "load_timm", 2.0),
-    ("loading", "load_training", "decode", 0.4),
-    ("loading", "load_validation", "decode", 0.6),
-    *[("training", f"train:{model}", f"{other}:{model}", ratio)
-      for model, over_timm in [("efficientnet_b4", 1.2), ("tf_efficientnet_lite0", 1.35)]
-      for other, ratio in [("train_timm", over_timm), ("train_timm_channels_last", 1.0), ("train_in_memory", 0.95)]],
-    *[("prediction", f"{engine}:{model}", f"predict_timm:{model}", ratio)
-      for model in ("efficientnet_b4", "tf_efficientnet_lite0")
-      for engine, ratio in [("predict_onnxruntime", 1.5), ("predict_torch", 1.05)]],
-]
+# (section, model), and the pairs of it: what is measured, against what, the ratio asked for; the names are functions here.
+GROUPS = {("loading", ""): [("load_training", "load_stock", 2.5), ("load_training", "load_timm", 2.0), ("load_training", "decode", 0.4),
+                            ("load_training_normalized", "load_stock", None), ("load_training_normalized", "load_timm", None),
+                            ("load_validation", "decode", 0.6)]}
+for model, over_timm in [("tf_efficientnet_lite0", 1.35), ("efficientnet_b4", 1.2)]:
+    GROUPS["training", model] = [("train", "train_timm", over_timm), ("train", "train_timm_channels_last", 1.0),
+                                 ("train", "train_in_memory", 0.95)]
+    GROUPS["prediction", model] = [("predict_onnxruntime", "predict_timm", 1.5), ("predict_torch", "predict_timm", 1.05)]
 
 
 def main(argv=None):
     args = parse_args(argv)
     if args.work:
-        name, _, model = args.work.partition(":")
-        print(json.dumps(globals()[name](*([args, model] if model else [args]))))
+        print(json.dumps(globals()[args.work](*([args, args.model] if args.model else [args]))))
         return
     from inference import choose_device
     from sample_data import draw_sample_dataset
@@ -50,25 +44,27 @@ def main(argv=None):
     args.device = str(choose_device(args.device))
     rows = []
     with tempfile.TemporaryDirectory() as args.folder:
-        for section, own, other, asked in PAIRS:
-            if (args.only and section not in args.only) or (args.device != "cpu" and "onnxruntime" in own):
+        for (section, model), pairs in GROUPS.items():
+            if args.only and section not in args.only:
                 continue
-            model = own.partition(":")[2]
-            if section == "prediction" and not (Path(args.folder) / model).is_dir():
-                run(f"prepare:{model}", args)
-            rounds = [(run(own, args), run(other, args)) for _ in range(args.rounds)]
-            table = pd.DataFrame([{"speed": a[0], "other": b[0], "ratio": a[0] / b[0], "memory": a[1], "other_memory": b[1]}
-                                  for a, b in rounds])
-            rows.append({"what": own, "against": other, **table.median(), "ratio_low": table.ratio.min(),
-                         "ratio_high": table.ratio.max(), "asked": asked})
-            print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1, float_format="{:.2f}".format), flush=True)
+            pairs = [pair for pair in pairs if args.device == "cpu" or "onnxruntime" not in pair[0]]
+            if section == "prediction":
+                run("prepare", model, args)
+            works = dict.fromkeys(work for own, other, _ in pairs for work in (own, other))
+            rounds = [{work: run(work, model, args) for work in works} for _ in range(args.rounds)]
+            for own, other, asked in pairs:
+                table = pd.DataFrame([{"speed": a[own][0], "other": a[other][0], "ratio": a[own][0] / a[other][0],
+                                       "memory": a[own][1], "other_memory": a[other][1]} for a in rounds])
+                rows.append({"model": model, "what": own, "against": other, **table.median(), "ratio_low": table.ratio.min(),
+                             "ratio_high": table.ratio.max(), "asked": asked})
             pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.3f")
+            print(pd.DataFrame(rows[-len(pairs):]).to_string(index=False, float_format="{:.2f}".format), flush=True)
     print(f"images/s and MB, medians of {args.rounds} rounds; {describe_machine(args.device)}; wrote {args.out}")
 
 
-def run(work, args):
+def run(work, model, args):
     """One measurement in a process of its own: (images/s, MB)."""
-    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--work", work, "--data_dir", str(args.data_dir),
+    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--work", work, "--model", model, "--data_dir", str(args.data_dir),
             "--device", args.device, "--folder", args.folder]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process, memory = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=errors), 0
@@ -78,7 +74,7 @@ def run(work, args):
         out.seek(0)
         errors.seek(0)
         if process.returncode:
-            sys.exit(f"{work} failed: {errors.read().strip()}")
+            sys.exit(f"{work} {model} failed: {errors.read().strip()}")
         return json.loads(out.read().splitlines()[-1]), memory
 
 
@@ -105,7 +101,7 @@ def rate(counts, warm_up=1):
     return total / (time.perf_counter() - started)
 
 
-# --- loading: normalized batches on the device, one loader process ---
+# --- loading: batches at the training process, from one loader process ---
 
 def training_photos(args, count=LOADED):
     from layout import read_train
@@ -122,27 +118,28 @@ def decode(args):
     return rate(len(cv2.imread(path)) > 0 for path in training_photos(args).path)
 
 
-def load_training(args):
-    """This project's loader with the default recipe's augmentation."""
+def load_training(args, is_normalized=False):
+    """This project's loader with the default recipe's augmentation; its batches are uint8, and the device normalizes them."""
+    import torch
+
     from augmentation import Augmentation
-    from dataset import EpochSampler, Geometry, MaskDataset, create_loader
-    photos = training_photos(args)
+    from dataset import EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
+    from inference import tune
+    from model import IMAGENET_MEAN, IMAGENET_STD
+    photos, device = training_photos(args), torch.device(args.device)
+    tune(device)
     data = MaskDataset(photos, Geometry(LARGE, CROP), Augmentation("base"))
-    return rate(normalized(create_loader(data, 1, batch_sampler=EpochSampler(photos, BATCH)), args))
+    batches = moved_ahead(create_loader(data, 1, batch_sampler=EpochSampler(photos, BATCH)), device)
+    return rate(len(normalize(images, IMAGENET_MEAN, IMAGENET_STD) if is_normalized else images) for images, _ in batches)
+
+
+def load_training_normalized(args):
+    return load_training(args, is_normalized=True)
 
 
 def load_validation(args):
     from dataset import Geometry, MaskDataset, create_loader
-    return rate(normalized(create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH), args))
-
-
-def normalized(loader, args):
-    import torch
-
-    from dataset import moved_ahead, normalize
-    from model import IMAGENET_MEAN, IMAGENET_STD
-    for images, *_ in moved_ahead(loader, torch.device(args.device)):
-        yield len(normalize(images, IMAGENET_MEAN, IMAGENET_STD))
+    return rate(len(images) for images, _ in create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH))
 
 
 def load_stock(args):
@@ -317,6 +314,7 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--out", default="speed.csv", help="csv to write")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+    parser.add_argument("--model", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
