@@ -16,6 +16,7 @@ import distributed
 from layout import AGES, read_image
 
 MILD = 1.35  # up to which shrinking needs no antialiasing
+cv2.setNumThreads(0)  # a photo is too little work to share: waking other threads takes longer
 
 
 class Geometry:
@@ -163,9 +164,7 @@ def _start_worker(worker_id):
     # A signal to the whole process group stops the run at a whole step, for which its workers are still needed.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # One thread a worker: more would only fight with the other workers and the training step.
-    cv2.setNumThreads(0)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # more would only fight with the other workers and the training step
 
 
 def moved_ahead(loader, device):

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import f1_score
 
 from errors import ArgumentParser, InputError, run
 from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
@@ -24,14 +23,19 @@ def macro_f1(labels, predictions):
 
 def class_f1(labels, predictions):
     """F1 of each of the 18 classes, (18,) in [0, 1], from labels and predictions (N,) of 0..17."""
-    return f1_score(labels, predictions, labels=range(NUM_CLASSES), average=None, zero_division=0)
+    return _f1(labels, predictions, NUM_CLASSES)
 
 
 def attribute_f1(labels, predictions):
     """Macro F1 of mask, gender and age by themselves: a dict of three numbers in [0, 1]."""
     pairs = zip(decode(np.asarray(labels)), decode(np.asarray(predictions)), strict=True)
-    return {name: float(f1_score(truth, guess, labels=range(n), average="macro", zero_division=0))
-            for (truth, guess), (name, n) in zip(pairs, [("mask", 3), ("gender", 2), ("age", 3)], strict=True)}
+    return {name: float(_f1(truth, guess, len(names)).mean())
+            for (truth, guess), (name, names) in zip(pairs, {"mask": MASKS, "gender": GENDERS, "age": AGES}.items(), strict=True)}
+
+
+def _f1(truth, guess, num_classes):
+    from sklearn.metrics import f1_score  # slow to import, and not needed before there is something to score
+    return f1_score(truth, guess, labels=range(num_classes), average=None, zero_division=0)
 
 
 def bootstrap_interval(labels, predictions, people, baseline=None, num_draws=2000, seed=0):
@@ -97,8 +101,7 @@ def report(labels, predictions, people=None):
              f"accuracy {(labels == predictions).mean():.2%} of {len(labels)} photos", ""]
     for (name, f1), names, truth, guess in zip(attribute_f1(labels, predictions).items(), (MASKS, GENDERS, AGES),
                                                   decode(labels), decode(predictions), strict=True):
-        each = f1_score(truth, guess, labels=range(len(names)), average=None, zero_division=0)
-        parts = ", ".join(f"{value} {part:.3f}" for value, part in zip(names, each, strict=True))
+        parts = ", ".join(f"{value} {part:.3f}" for value, part in zip(names, _f1(truth, guess, len(names)), strict=True))
         lines.append(f"{name:6s} F1 {f1:.4f}   {parts}")
     lines += ["", f"{'class':<29s} {'photos':>6s} {'predicted':>9s} {'F1':>6s}   most often taken for"]
     for label, f1 in enumerate(class_f1(labels, predictions)):

@@ -3,7 +3,7 @@
     python -m benchmarks.kill --kills 100
 
 The default recipe, with a network small enough that a run takes seconds, on a few people of the sample dataset. A run is
-killed with SIGKILL at an instant drawn evenly from its time after start-up, and gone on with by --resume and another number
+killed with SIGKILL at an instant drawn evenly from its time after the first step, and gone on with by --resume and another number
 of loader processes, until one attempt comes to its end; then the next run begins. Exit status 1 if a byte of any final
 checkpoint differs.
 """
@@ -30,7 +30,7 @@ FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=100, help="kills after start-up")
+    parser.add_argument("--kills", type=int, default=100, help="kills after a first step")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
     args = parser.parse_args(argv)
     rng = np.random.default_rng(args.seed)
@@ -80,8 +80,8 @@ def start(folder, name, num_workers):
 
 
 def wait_for(log, process, started):
-    """Seconds from `started` until the run has its results folder."""
-    while "results in" not in log.read_text() and process.poll() is None:
+    """Seconds from `started` until the first step is done."""
+    while not re.search(r"^step \d+/", log.read_text(), re.M) and process.poll() is None:
         time.sleep(0.005)
     return time.perf_counter() - started
 
@@ -96,7 +96,7 @@ def instant(output_dir, text):
         return "in an evaluation"
     if not list_checkpoints(output_dir):
         return "before the first checkpoint"
-    return "between two checkpoints" if steps else "before the first step of a resumed run"
+    return "between two checkpoints"
 
 
 def final_files(output_dir):

@@ -5,8 +5,9 @@
 
 Each figure is a process of its own, timed inside once it runs steadily, so that start-up and export do not count. Its memory is the
 peak of the whole tree of processes (proportional set size, looked at twice a second; Linux). Those that are compared take turns;
-a ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize, ToTensor
-and Normalize. timm's sides are its own loader, and the inner loops of its training and inference scripts with their default flags.
+a ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize,
+ToTensor and Normalize. timm's sides are its own loader, and the inner loops of its training and inference scripts with their
+default flags.
 """
 import argparse
 import json
@@ -24,9 +25,10 @@ LARGE, SMALL, CROP = (384, 288), (128, 96), (0.8, 0.95)
 BATCH, WARM_UP = 32, 4
 LOADED, TRAINED = 63 * BATCH, 21 * BATCH  # photos; 288 and 96 people
 # (section, model), and the pairs of it: what is measured, against what, the ratio asked for; the names are functions here.
-GROUPS = {("loading", ""): [("load_training", "load_stock", 2.5), ("load_training", "load_timm", 2.0), ("load_training", "decode", 0.4),
-                            ("load_training_normalized", "load_stock", None), ("load_training_normalized", "load_timm", None),
-                            ("load_validation", "decode", 0.6)]}
+GROUPS = {("loading", ""): [
+    ("load_training", "load_stock", 2.5), ("load_training", "load_timm", 2.0), ("load_training", "decode", 0.4),
+    ("load_training_normalized", "load_stock", None), ("load_training_normalized", "load_timm", None),
+    ("load_validation", "decode", 0.6)]}
 for model, over_timm in [("tf_efficientnet_lite0", 1.35), ("efficientnet_b4", 1.2)]:
     GROUPS["training", model] = [("train", "train_timm", over_timm), ("train", "train_timm_channels_last", 1.0),
                                  ("train", "train_in_memory", 0.95)]
@@ -48,8 +50,8 @@ def main(argv=None):
             if args.only and section not in args.only:
                 continue
             pairs = [pair for pair in pairs if args.device == "cpu" or "onnxruntime" not in pair[0]]
-            if section == "prediction":
-                run("prepare", model, args)
+            if section != "loading":
+                run(f"prepare_{section}", model, args)
             works = dict.fromkeys(work for own, other, _ in pairs for work in (own, other))
             rounds = [{work: run(work, model, args) for work in works} for _ in range(args.rounds)]
             for own, other, asked in pairs:
@@ -64,8 +66,13 @@ def main(argv=None):
 
 def run(work, model, args):
     """One measurement in a process of its own: (images/s, MB)."""
-    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--work", work, "--model", model, "--data_dir", str(args.data_dir),
-            "--device", args.device, "--folder", args.folder]
+    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.speed", "--work", work, "--model", model, "--data_dir",
+            str(args.data_dir), "--device", args.device, "--folder", args.folder]
+    if work == "train":  # the command as it is, its own images/s
+        argv = [*argv[:3], str(ROOT / "train.py"), "--data_dir", f"{args.folder}/data", "--model", model, "--weights", "none",
+                "--resize", *map(str, SMALL), "--crop", *map(str, CROP), "--augmentation", "base", "--batch_size", str(BATCH),
+                "--epochs", "1", "--val_ratio", "0", "--log_interval", str(WARM_UP), "--device", args.device, "--output_dir",
+                f"{args.folder}/results", "--overwrite"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process, memory = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=errors), 0
         while process.poll() is None:
@@ -75,7 +82,10 @@ def run(work, model, args):
         errors.seek(0)
         if process.returncode:
             sys.exit(f"{work} {model} failed: {errors.read().strip()}")
-        return json.loads(out.read().splitlines()[-1]), memory
+        text = out.read()
+    # train.py tells its speed every so many steps; the first of these lines is of its warm-up.
+    speeds = [float(speed) for speed in re.findall(r"([\d.]+) images/s", text)][1:]
+    return len(speeds) / sum(1 / speed for speed in speeds) if speeds else json.loads(text.splitlines()[-1]), memory
 
 
 def proportional_memory(pid):
@@ -138,7 +148,11 @@ def load_training_normalized(args):
 
 
 def load_validation(args):
+    import torch
+
     from dataset import Geometry, MaskDataset, create_loader
+    from inference import tune
+    tune(torch.device(args.device))
     return rate(len(images) for images, _ in create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH))
 
 
@@ -176,18 +190,10 @@ def timm_loader(args, count, size, **kwargs):
 
 # --- training ---
 
-def train(args, model):
-    """train.py as it is: its own images/s, after the first line."""
+def prepare_training(args, model):
+    """A dataset of the first people, for train.py."""
     from benchmarks.recipes import link_people
-    people = set(training_photos(args, TRAINED).person)
-    with tempfile.TemporaryDirectory() as folder:
-        data = link_people(args.data_dir, people, Path(folder) / "data")
-        done = subprocess.run([sys.executable, ROOT / "train.py", "--data_dir", data, "--model", model, "--weights", "none",
-                               "--resize", *map(str, SMALL), "--batch_size", str(BATCH), "--epochs", "1", "--val_ratio", "0",
-                               "--log_interval", str(WARM_UP), "--augmentation", "base", "--crop", *map(str, CROP), "--device",
-                               args.device, "--output_dir", Path(folder) / "results"], capture_output=True, text=True, check=True)
-    speeds = [float(speed) for speed in re.findall(r"([\d.]+) images/s", done.stdout)][1:]
-    return len(speeds) / sum(1 / speed for speed in speeds)  # of equal numbers of steps
+    link_people(args.data_dir, set(training_photos(args, TRAINED).person), Path(args.folder) / "data")
 
 
 def train_timm(args, model, channels_last=False):
@@ -236,7 +242,7 @@ def plain_loop(args, name, loader, channels_last, create_optimizer):
 
 # --- prediction ---
 
-def prepare(args, model):
+def prepare_prediction(args, model):
     """A checkpoint of untrained weights, as train.py would write it, and its ONNX file."""
     from checkpoint import model_config, save_checkpoint
     from dataset import Geometry
@@ -260,7 +266,11 @@ def predict_torch(args, model):
 
 
 def predict_onnxruntime(args, model):
+    import torch
+
     from export import onnx_predictor
+    from inference import tune
+    tune(torch.device(args.device))
     return predict(args, onnx_predictor(Path(args.folder) / model / "checkpoint-1" / "model.onnx"))
 
 
