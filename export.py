@@ -5,8 +5,8 @@
     python inference.py --model_dir=./results --engine onnxruntime            # does so by itself, and predicts with it
 
 Input `images`: uint8 RGB (batch, height, width, 3) after the crop and resize that the metadata tells; any batch size.
-Output `probabilities`: float32 (batch, 18). Normalization and softmax are inside. Metadata: classes, size, crop, tta (JSON each)
-and weights_sha256.
+Output `probabilities`: float32 (batch, 18). Normalization and softmax are inside. Metadata: classes, size, crop, tta (JSON each),
+preprocessing (what is done by them, in words) and weights_sha256.
 """
 import importlib.util
 import json
@@ -21,6 +21,8 @@ from checkpoint import find_checkpoint, load_model, sha256
 from errors import ArgumentParser, InputError, reason, run
 
 METADATA = ("classes", "size", "crop", "tta")
+PREPROCESSING = ("upright RGB; the centre crop, in fractions (height, width) of the photo; antialiased bilinear resize to size "
+                 "(height, width) in pixels; with tta hflip the mean over the photo and its mirror image")
 TOLERANCE = 1e-4  # of a probability
 
 
@@ -70,7 +72,8 @@ def export_onnx(checkpoint, path):
         raise InputError(f"{config['model']} cannot be exported to ONNX ({type(error).__name__}: {reason(error)}); use --engine "
                          f"torch") from None
     graph = program.model_proto
-    metadata = {key: json.dumps(config[key]) for key in METADATA} | {"weights_sha256": sha256(checkpoint / "model.safetensors")}
+    metadata = {key: json.dumps(config[key]) for key in METADATA}
+    metadata |= {"preprocessing": PREPROCESSING, "weights_sha256": sha256(checkpoint / "model.safetensors")}
     for key, value in metadata.items():
         graph.metadata_props.add(key=key, value=value)
     temporary = Path(f"{path}.tmp")
