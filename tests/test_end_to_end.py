@@ -36,7 +36,7 @@ def test_a_backbone_added_to_model_py_trains_and_predicts(tmp_path, dataset):
     for name in PRODUCT:
         shutil.copy(ROOT / name, tmp_path)
     text = (tmp_path / "model.py").read_text()
-    six_lines = text.split("by that name:\n\n")[1].split("\n\nAny timm")[0]
+    six_lines = text.split("by that name:\n\n")[1].split("\n\nThe default head")[0]
     with open(tmp_path / "model.py", "a") as file:
         file.write("\n\n" + "\n".join(line[4:] for line in six_lines.splitlines()) + "\n")
     python("train.py", "--data_dir", dataset, *SMALL, "--model", "tiny_cnn", cwd=tmp_path)
