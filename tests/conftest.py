@@ -27,6 +27,12 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "inference", "f1", "ensemble", "torch.utils.tensorboard", "matplotlib.figure"])
 
 
+def docstring_backbone():
+    """The example of a backbone in model.py's docstring, as code."""
+    example = (ROOT / "model.py").read_text().split("by that name:\n\n")[1].split("\n\nThe default head")[0]
+    return "\n".join(line[4:] for line in example.splitlines())
+
+
 def make_people(n, seed=0):
     """Folder names of n people of both genders and all ages."""
     rng = np.random.default_rng(seed)

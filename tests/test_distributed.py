@@ -37,6 +37,13 @@ def torchrun(processes, script, *argv, cwd, restarts=0, nodes=1, port=0):
         return subprocess.Popen(list(map(str, command)), cwd=cwd, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
+def wait_for(process, has_come, cwd):
+    deadline = time.monotonic() + 120
+    while not has_come():
+        assert process.poll() is None and time.monotonic() < deadline, (cwd / "train.log").read_text()
+        time.sleep(0.01)
+
+
 @pytest.fixture(scope="module")
 def one(dataset, tmp_path_factory):
     """The results folder of one process."""
@@ -80,10 +87,7 @@ def test_a_killed_process_of_two_machines_is_restarted_and_the_run_goes_on(datas
     machines = [torchrun(1, "train", "--data_dir", dataset, *BATCH_STATISTICS, cwd=tmp_path, restarts=1, nodes=2, port=port)
                 for _ in range(2)]
     try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "results/checkpoint-20").is_dir():
-            assert machines[0].poll() is None and time.monotonic() < deadline, (tmp_path / "train.log").read_text()
-            time.sleep(0.01)
+        wait_for(machines[0], (tmp_path / "results/checkpoint-20").is_dir, tmp_path)
         worker, = Path(f"/proc/{machines[1].pid}/task/{machines[1].pid}/children").read_text().split()
         os.kill(int(worker), signal.SIGKILL)
         assert [machine.wait(240) for machine in machines] == [0, 0], (tmp_path / "train.log").read_text()
@@ -114,10 +118,7 @@ def test_a_refused_run_is_not_gone_on_with_by_a_restart(dataset, one, tmp_path):
 def test_stopping_processes_writes_a_checkpoint_and_the_command_that_goes_on(dataset, tmp_path):
     """Each worker is told twice, by the terminal or scheduler and by torchrun."""
     process = torchrun(2, "train", "--data_dir", dataset, *BATCH_STATISTICS, "--eval_steps", "1000", cwd=tmp_path)
-    deadline = time.monotonic() + 120
-    while "step 4/" not in (tmp_path / "train.log").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "train.log").read_text()
-        time.sleep(0.01)
+    wait_for(process, lambda: "step 4/" in (tmp_path / "train.log").read_text(), tmp_path)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in [*workers, process.pid]:
         os.kill(int(pid), signal.SIGTERM)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pandas as pd
-from conftest import ROOT, write_eval, write_train
+from conftest import ROOT, docstring_backbone, write_eval, write_train
 
 SMALL = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24", "--epochs", "1"]
 PRODUCT = [path.name for path in ROOT.glob("*.py")]
@@ -35,10 +35,8 @@ def test_train_infer_score_on_the_built_in_sample(tmp_path):
 def test_a_backbone_added_to_model_py_trains_and_predicts(tmp_path, dataset):
     for name in PRODUCT:
         shutil.copy(ROOT / name, tmp_path)
-    text = (tmp_path / "model.py").read_text()
-    six_lines = text.split("by that name:\n\n")[1].split("\n\nThe default head")[0]
     with open(tmp_path / "model.py", "a") as file:
-        file.write("\n\n" + "\n".join(line[4:] for line in six_lines.splitlines()) + "\n")
+        file.write(f"\n\n{docstring_backbone()}\n")
     python("train.py", "--data_dir", dataset, *SMALL, "--model", "tiny_cnn", cwd=tmp_path)
     python("inference.py", "--model_dir=./results", cwd=tmp_path)
     assert len(pd.read_csv(tmp_path / "submission.csv")) == 20
