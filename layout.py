@@ -1,4 +1,4 @@
-"""The label code, the reader of the competition's layout, the person split.
+"""The label code, where a dataset is, the reader of the competition's layout, the person split.
 
     train/train.csv                    id,gender,race,age,path
     train/images/<path>/<shot>.<ext>   shot = mask1..mask5, incorrect_mask, normal
@@ -8,6 +8,7 @@
 A person is a folder. Photos travel as a pandas table, one row per photo (`read_train`, `read_eval`), and an image is
 opened only when it is needed. Nothing here needs torch, so that what only reads and counts starts at once.
 """
+import hashlib
 import io
 import logging
 import math
@@ -20,6 +21,7 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from errors import InputError, reason
+from sample_data import draw_sample_dataset
 
 log = logging.getLogger("mask")
 
@@ -57,7 +59,34 @@ def age_band(years):
     return (np.asarray(years) >= 30).astype(int) + (np.asarray(years) >= 60).astype(int)
 
 
-# --- reading the layout ---
+# --- where the data is ---
+
+def choose_data(data_dir):
+    """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, which is drawn if need be.
+
+    The kind is "sample", "competition" or "own".
+    """
+    if data_dir == "":
+        raise InputError("--data_dir: is empty; expected a folder, or no --data_dir for ./data or the sample")
+    folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
+    if folder is None:
+        log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
+        return draw_sample_dataset("data/sample"), "sample"
+    train = find_part(folder, "train")
+    if train and (train.parent / "sample.json").is_file():
+        return folder, "sample"
+    if train and (train / "images" / "000001_female_Asian_45").is_dir() and (train / "images" / "006959_male_Asian_19").is_dir():
+        return folder, "competition"
+    return folder, "own"
+
+
+def record_data(data_dir):
+    """Where the training data and its eval part are, for inference without --data_dir."""
+    eval_dir = find_part(data_dir, "eval")
+    if eval_dir is None and os.environ.get("SM_CHANNEL_EVAL"):
+        eval_dir = Path(os.environ["SM_CHANNEL_EVAL"]).resolve()
+    return {"train_dir": str(find_part(data_dir, "train")), "eval_dir": eval_dir and str(eval_dir)}
+
 
 def find_part(data_dir, part):
     """The folder of `part` ("train" or "eval") for a dataset's root, its train/eval folder or an images folder.
@@ -74,6 +103,8 @@ def find_part(data_dir, part):
         candidates.append(data_dir.parent / part)
     return next((folder.resolve() for folder in candidates if (folder / table).is_file()), None)
 
+
+# --- reading the layout ---
 
 def read_train(data_dir, fix_labels=True):
     """Read the labelled photos.
@@ -343,3 +374,8 @@ def split_people(photos, val_ratio=0.2, seed=0, n_folds=0, fold=0):
         raise InputError(f"{len(ordered)} people are too few for {asked}: both sides of the split need at least one person")
     is_valid = photos.person.isin(ordered[places])
     return photos[~is_valid].reset_index(drop=True), photos[is_valid].reset_index(drop=True)
+
+
+def fingerprint(photos):
+    """A hash of who is in the dataset, with which shots, years and labels; a resumed run must see the same."""
+    return hashlib.sha256(photos[["person", "shot", "years", "label"]].to_csv(index=False).encode()).hexdigest()

@@ -5,10 +5,8 @@
     python train.py --data_dir DIR --n_folds 5 --fold 0 --output_dir results/fold-0
     python train.py ... --resume                       # go on from the last checkpoint
 """
-import hashlib
 import logging
 import math
-import os
 import shlex
 import sys
 import time
@@ -40,13 +38,12 @@ from dataset import SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
 from inference import autocast, choose_device, choose_workers, half_precision, infer, torch_predictor, tune
-from layout import NUM_CLASSES, find_part, read_train, split_people
+from layout import NUM_CLASSES, choose_data, fingerprint, read_train, record_data, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, find_builder, input_statistics
 from optim import NOT_FINITE, check_optimizer, check_weights, create_optimizer, learning_rate
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
-from sample_data import draw_sample_dataset
 
 log = logging.getLogger("mask")
 
@@ -316,43 +313,9 @@ def is_exhausted(state, patience):
     return 0 < patience <= len(since_best)
 
 
-# --- where the data is, and where the run goes ---
-
 def resume_argv(argv):
     """The flags that go on with a run begun with `argv`."""
     return [*(flag for flag in argv if flag not in ("--resume", "--overwrite")), "--resume"]
-
-
-def choose_data(data_dir):
-    """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, which is drawn if need be.
-
-    The kind is "sample", "competition" or "own".
-    """
-    if data_dir == "":
-        raise InputError("--data_dir: is empty; expected a folder, or no --data_dir for ./data or the sample")
-    folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
-    if folder is None:
-        log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
-        return draw_sample_dataset("data/sample"), "sample"
-    train = find_part(folder, "train")
-    if train and (train.parent / "sample.json").is_file():
-        return folder, "sample"
-    if train and (train / "images" / "000001_female_Asian_45").is_dir() and (train / "images" / "006959_male_Asian_19").is_dir():
-        return folder, "competition"
-    return folder, "own"
-
-
-def fingerprint(photos):
-    """A hash of who is in the dataset, with which shots, years and labels; a resumed run must see the same."""
-    return hashlib.sha256(photos[["person", "shot", "years", "label"]].to_csv(index=False).encode()).hexdigest()
-
-
-def record_data(data_dir):
-    """Where the training data and its eval part are, for inference without --data_dir."""
-    eval_dir = find_part(data_dir, "eval")
-    if eval_dir is None and os.environ.get("SM_CHANNEL_EVAL"):
-        eval_dir = Path(os.environ["SM_CHANNEL_EVAL"]).resolve()
-    return {"train_dir": str(find_part(data_dir, "train")), "eval_dir": eval_dir and str(eval_dir)}
 
 
 def parse_args(argv=None, defaults=None):

@@ -455,6 +455,27 @@ def test_update_by_a_gradient_that_is_not_finite_is_never_applied(dataset, tmp_p
     assert all(value.isfinite().all() for value in built[0].state_dict().values())
 
 
+class Overflow(torch.nn.Module):
+    """Logits that overflow in evaluation only, by weights that are finite."""
+
+    def __init__(self, num_classes, **kwargs):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, num_classes)
+
+    def forward(self, images):
+        logits = self.layer(images.mean((2, 3)))
+        return logits if self.training else logits * 1e38 * 1e38
+
+
+def test_evaluation_that_is_not_finite_names_a_photo_and_saves_nothing(dataset, tmp_path, monkeypatch):
+    monkeypatch.setitem(MODELS, "overflow", Overflow)
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    flags = ["--model", "overflow", "--weights", "none", "--head", "flat", "--resize", "32", "24", "--epochs", "1"]
+    with pytest.raises(InputError, match=r"train/images/.*\.jpg: the model gives no finite probability; nothing was saved of it"):
+        train.main(["--data_dir", str(dataset), *flags, "--output_dir", str(tmp_path / "results")])
+    assert not list((tmp_path / "results").glob("checkpoint-*"))
+
+
 def test_results_folder_that_cannot_be_made(command, dataset, tmp_path):
     # a file where a folder is needed is refused even to root
     (tmp_path / "file").write_text("kept")
