@@ -45,8 +45,9 @@ class Geometry:
             return _resize(pixels[top:top + height, left:left + width], self.size)
         _, _, height, width = self._box(pixels)
         if max(height / self.size[0], width / self.size[1]) > MILD:
-            height, width = round(pixels.shape[0] * self.size[0] / height), round(pixels.shape[1] * self.size[1] / width)
-            pixels = _resize(pixels, (height, width))
+            # No further, since the pass below softens: training's photos shall be as sharp as those of validation.
+            shrink = MILD * np.divide(self.size, (height, width))
+            pixels = _resize(pixels, np.rint(pixels.shape[:2] * shrink).astype(int).tolist())
         top, left, height, width = self._box(pixels)
         scale_y, scale_x = height / self.size[0], width / self.size[1]
         # Pixel centres are at halves: one place in the photo for each pixel of the result, in a single pass.

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.stats import norm
 
 import layout
-from augmentation import AUGMENTATIONS, Augmentation
+from augmentation import AUGMENTATIONS, Augmentation, Jitter
 from dataset import EpochSampler, Geometry, MaskDataset, create_loader
 from errors import InputError
 from layout import age_band, decode, encode, read_eval, read_image, read_train, split_people
@@ -178,6 +178,23 @@ def test_a_jitter_that_moves_nothing_is_the_geometry_alone(height, width):
     photo, geometry = smooth_photo(height, width), Geometry((120, 90), (0.8, 0.9))
     difference = np.abs(geometry(photo, np.eye(3)).astype(int) - geometry(photo))[2:-2, 2:-2]
     assert difference.mean() < 1.5 and difference.max() <= 12
+
+
+@pytest.mark.parametrize("shrinks", [1.6, 3, 4.4])
+def test_jittered_photos_are_as_sharp_as_those_of_validation(shrinks):
+    geometry, rng = Geometry((64, 48)), np.random.default_rng(0)
+    height, width = round(64 * shrinks), round(48 * shrinks)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    waves = np.fft.fft2(rng.normal(size=(height, width))) / np.maximum(frequency, 1 / height)  # 1/f, as in photos of anything
+    photo = np.fft.ifft2(waves).real
+    photo = np.repeat((128 + 40 * photo / photo.std()).clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    jitter = Jitter(p=1, shift=0.05, rotate=10)
+
+    def detail(image):
+        return np.abs(np.diff(image[:, :, 0].astype(float), axis=1)).mean()
+
+    moved = [detail(geometry(photo, jitter.draw(rng, geometry.size)[1])) for _ in range(50)]
+    assert np.mean(moved) == pytest.approx(detail(geometry(photo)), rel=0.07)
 
 
 def test_jitter_by_hand():
