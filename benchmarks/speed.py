@@ -28,6 +28,7 @@ LOADED, TRAINED = 63 * BATCH, 21 * BATCH  # photos; 288 and 96 people
 GROUPS = {("loading", ""): [
     ("load_training", "load_stock", 2.5), ("load_training", "load_timm", 2.0), ("load_training", "decode", 0.4),
     ("load_training_normalized", "load_stock", None), ("load_training_normalized", "load_timm", None),
+    ("load_training_small", "decode", None),
     ("load_validation", "decode", 0.6)]}
 for model, over_timm in [("tf_efficientnet_lite0", 1.35), ("efficientnet_b4", 1.2)]:
     GROUPS["training", model] = [("train", "train_timm", over_timm), ("train", "train_timm_channels_last", 1.0),
@@ -71,8 +72,8 @@ def run(work, model, args):
     if work == "train":  # the command as it is, its own images/s
         argv = [*argv[:3], str(ROOT / "train.py"), "--data_dir", f"{args.folder}/data", "--model", model, "--weights", "none",
                 "--resize", *map(str, SMALL), "--crop", *map(str, CROP), "--augmentation", "base", "--batch_size", str(BATCH),
-                "--sam_rho", "0", "--epochs", "1", "--val_ratio", "0", "--log_interval", str(WARM_UP), "--device", args.device, "--output_dir",
-                f"{args.folder}/results", "--overwrite"]
+                "--sam_rho", "0", "--epochs", "1", "--val_ratio", "0", "--log_interval", str(WARM_UP), "--device", args.device,
+                "--output_dir", f"{args.folder}/results", "--overwrite"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process, memory = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=errors), 0
         while process.poll() is None:
@@ -128,7 +129,7 @@ def decode(args):
     return rate(len(cv2.imread(path)) > 0 for path in training_photos(args).path)
 
 
-def load_training(args, is_normalized=False):
+def load_training(args, size=LARGE, num_workers=1, is_normalized=False):
     """This project's loader with the default recipe's augmentation; its batches are uint8, and the device normalizes them."""
     import torch
 
@@ -138,13 +139,18 @@ def load_training(args, is_normalized=False):
     from model import IMAGENET_MEAN, IMAGENET_STD
     photos, device = training_photos(args), torch.device(args.device)
     tune(device)
-    data = MaskDataset(photos, Geometry(LARGE, CROP), Augmentation("base"))
-    batches = moved_ahead(create_loader(data, 1, batch_sampler=EpochSampler(photos, BATCH)), device)
+    data = MaskDataset(photos, Geometry(size, CROP), Augmentation("base"))
+    batches = moved_ahead(create_loader(data, num_workers, batch_sampler=EpochSampler(photos, BATCH)), device)
     return rate(len(normalize(images, IMAGENET_MEAN, IMAGENET_STD) if is_normalized else images) for images, _ in batches)
 
 
 def load_training_normalized(args):
     return load_training(args, is_normalized=True)
+
+
+def load_training_small(args):
+    """At 128 x 96, in the training process itself, as is the default on the CPU."""
+    return load_training(args, SMALL, num_workers=0)
 
 
 def load_validation(args):
