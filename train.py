@@ -41,7 +41,7 @@ from inference import autocast, choose_device, choose_workers, half_precision, i
 from layout import NUM_CLASSES, choose_data, fingerprint, read_train, record_data, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, find_builder, input_statistics
-from optim import NOT_FINITE, check_optimizer, check_weights, create_optimizer, learning_rate, sharpness_aware
+from optim import NOT_FINITE, check_optimizer, check_weights, create_optimizer, learning_rate
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
 
@@ -51,7 +51,7 @@ log = logging.getLogger("mask")
 DATASET_DEFAULTS = {
     # Small drawn photos, from scratch, in minutes on two cores.
     "sample": {"resize": [80, 60], "crop": [0.85, 0.85], "augmentation": "flip", "weights": "none", "dropout": 0.2, "epochs": 4,
-               "lr": 1e-3, "sam_rho": 0.0},
+               "lr": 1e-3},
     # The competition's own photos show a head in their middle, and everyone who is old is labelled 60 beside many of 57 to 59.
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
@@ -151,22 +151,14 @@ def main(argv=None):
     parallel_model = distributed.wrap(model)
 
     # The two halves of a step, called by train_one_epoch.
-    def gradient(batches, draw_seed):
-        """Add the gradient of a step's batches to the weights', and return its loss."""
-        torch.manual_seed(draw_seed)
-        photos, loss = sum(size for _, size in batches), 0.0
-        for i, ((images, targets), _) in enumerate(batches, start=1):
-            images = normalize(images, *statistics)
-            with distributed.without_sync(parallel_model, i == len(batches)):
-                with autocast(device, args.amp):
-                    logits = parallel_model(images)
-                # The gradient will be the mean over the processes.
-                part = len(images) * distributed.world_size() / photos * criterion(logits.float(), targets)
-                scaler.scale(part).backward()
-            loss += part.detach()
-        return loss
-
-    gradient = sharpness_aware(gradient, model, args.sam_rho)
+    def backward(images, targets, share, is_last):
+        images = normalize(images, *statistics)
+        with distributed.without_sync(parallel_model, is_last):
+            with autocast(device, args.amp):
+                logits = parallel_model(images)
+            loss = share * criterion(logits.float(), targets)
+            scaler.scale(loss).backward()
+        return loss.detach()
 
     def update_weights(step):
         rate = learning_rate(step, total_steps, args.lr, args.warmup)
@@ -216,7 +208,7 @@ def main(argv=None):
     for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
         batches = zip(moved_ahead(train_loader, device), sampler.sizes(), strict=True)
-        for step, loss, count in train_one_epoch(model, batches, args.accumulation_steps, gradient, update_weights, args.seed,
+        for step, loss, count in train_one_epoch(model, batches, args.accumulation_steps, backward, update_weights, args.seed,
                                                  state["step"]):
             unread.append(loss)
             recent += count
@@ -268,31 +260,33 @@ def main(argv=None):
     distributed.leave()
 
 
-def train_one_epoch(model, batches, accumulation_steps, gradient, update_weights, seed, step):
+def train_one_epoch(model, batches, accumulation_steps, backward, update_weights, seed, step):
     """Train over an epoch's batches; a generator that stops after each optimizer step.
 
     Args:
         model: put into training mode before every step, since an evaluation may have come between.
         batches: of ((images, targets) on the device, photos of the batch in all processes together).
         accumulation_steps: batches to an optimizer step.
-        gradient: (a step's batches, a seed for dropout and its like) -> a tensor whose mean over the processes is the mean loss
-            over the step's photos; adds its gradient.
-        update_weights: called with the step's number when the gradient is there; returns a tensor that is finite if it is.
-        seed: the seeds given to `gradient` come from (seed, step), so that a resumed run draws the same.
+        backward: (images, targets, share, is_last) -> the batch's mean loss times its share of the step; adds its gradients.
+        update_weights: called with the step's number when its gradients are there; returns a tensor that is finite if they are.
+        seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
 
     Yields:
-        (step, loss, photos): steps done; what `gradient` returned (reading it would make the host wait), not finite if the
-        gradient is not; the photos of the step in all processes together.
+        (step, loss, photos): steps done; a tensor whose mean over the processes is the mean loss over the step's photos
+        (reading it would make the host wait; it is not finite if the gradient is not); their number.
     """
-    rank = distributed.rank()
+    rank, world_size = distributed.rank(), distributed.world_size()
     while group := list(islice(batches, accumulation_steps)):
         step += 1
         model.train()
-        draw_seed = int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0])
-        loss = gradient(group, draw_seed)
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0]))
+        photos, loss = sum(size for _, size in group), 0.0
+        for i, ((images, targets), _) in enumerate(group, start=1):
+            # The gradient will be the mean over the processes.
+            loss += backward(images, targets, len(images) * world_size / photos, i == len(group))
         norm = update_weights(step)
-        yield step, loss + 0 * norm, sum(size for _, size in group)
+        yield step, loss + 0 * norm, photos
 
 
 def evaluate(model, loader, photos, statistics, device, tta, amp):
@@ -360,7 +354,6 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--weight_decay", type=float, default=0.05, help="not on norms and biases")
     parser.add_argument("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
     parser.add_argument("--clip_grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
-    parser.add_argument("--sam_rho", type=float, default=0.05, help="take the gradient this far uphill, in twice the time; 0: not")
     parser.add_argument("--ema_decay", type=float, default=0.999, help="average of the weights, evaluated and saved; 0: none")
     parser.add_argument("--tta", choices=TTA, default="hflip", help="evaluate and predict the mean of a photo and its mirror image")
     parser.add_argument("--patience", type=int, default=0, help="stop after this many evaluations without a better one; 0: never")
@@ -388,7 +381,7 @@ def check_args(args):
     for names, low, high in [
         ("epochs batch_size valid_batch_size accumulation_steps eval_steps log_interval keep_last", 1, None),
         ("resize", 16, 4096), ("val_ratio dropout label_smoothing ema_decay warmup", 0, 1), ("crop", 0.05, None),
-        ("weight_decay gamma age_sigma logit_adjustment clip_grad sam_rho patience seed", 0, None),
+        ("weight_decay gamma age_sigma logit_adjustment clip_grad patience seed", 0, None),
         ("lr", 1e-12, None), ("old_age", 50, 71), ("num_workers", -1, None),
     ]:
         for name in names.split():

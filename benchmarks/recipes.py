@@ -26,8 +26,7 @@ from layout import find_part, read_table, read_train, split_people
 from train import parse_args as parse_train_args
 
 ROOT = Path(__file__).parent.parent
-STOCK = ("--crop 1 1 --head flat --sam_rho 0 --ema_decay 0 --age_sigma 0 --old_age 60 --logit_adjustment 0 "
-         "--tta none")  # none of our ideas
+STOCK = "--crop 1 1 --head flat --ema_decay 0 --age_sigma 0 --old_age 60 --logit_adjustment 0 --tta none"  # none of our ideas
 PLAIN = f"{STOCK} --augmentation none --criterion cross_entropy --sampler none"
 UNTUNED = "--dropout 0 --resize 128 96 --lr 1e-3"  # small photos, the first rate tried
 TUNED = "--dropout 0.2"
@@ -55,7 +54,6 @@ ABLATION = {
     "no-adjustment": "--logit_adjustment 0",
     "no-sampler": "--sampler none",
     "no-augmentation": "--augmentation none",
-    "no-sharpness": "--sam_rho 0",
     "no-average": "--ema_decay 0",
     "no-smoothing": "--label_smoothing 0",
     "flat-head": "--head flat",

@@ -7,7 +7,7 @@ Each figure is a process of its own, timed inside once it runs steadily, so that
 peak of the whole tree of processes (proportional set size, looked at twice a second; Linux). Those that are compared take turns;
 a ratio is the median over the rounds. The stock transform is the competition's baseline: Pillow, then torchvision's Resize,
 ToTensor and Normalize. timm's sides are its own loader, and the inner loops of its training and inference scripts with their
-default flags. Training takes one gradient a step, as timm does; the second of the default recipe, --sam_rho, doubles its work.
+default flags.
 """
 import argparse
 import json
@@ -72,7 +72,7 @@ def run(work, model, args):
     if work == "train":  # the command as it is, its own images/s
         argv = [*argv[:3], str(ROOT / "train.py"), "--data_dir", f"{args.folder}/data", "--model", model, "--weights", "none",
                 "--resize", *map(str, SMALL), "--crop", *map(str, CROP), "--augmentation", "base", "--batch_size", str(BATCH),
-                "--sam_rho", "0", "--epochs", "1", "--val_ratio", "0", "--log_interval", str(WARM_UP), "--device", args.device,
+                "--epochs", "1", "--val_ratio", "0", "--log_interval", str(WARM_UP), "--device", args.device,
                 "--output_dir", f"{args.folder}/results", "--overwrite"]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process, memory = subprocess.Popen(argv, cwd=ROOT, stdout=out, stderr=errors), 0

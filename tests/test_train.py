@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from checkpoint import list_checkpoints, prune_checkpoints, write_checksums, write_json
-from optim import learning_rate, sharpness_aware
+from optim import learning_rate
 from train import is_exhausted, update_best
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
@@ -197,34 +197,3 @@ def test_learning_rate_by_hand():
     assert learning_rate(60, 109, 1.0, 10 / 109) == pytest.approx(0.5)
     rates = [learning_rate(step, 50, 1.0, 0.0) for step in range(1, 51)]
     assert rates == sorted(rates, reverse=True) and 0 < rates[-1] < 0.01 and np.isfinite(rates).all()
-
-
-def test_sharpness_aware_gradient_by_hand():
-    """Of w^2 / 2 * (9, 4) at (1, 1): the gradient is (9, 4), uphill is w + rho * (9, 4) / sqrt(97), and there it is (9, 4) * w."""
-    curvature, model = torch.tensor([9.0, 4.0]), torch.nn.Linear(2, 1, bias=False)
-    torch.nn.init.ones_(model.weight)
-    before = model.weight.detach().clone()
-
-    def gradient():
-        loss = (curvature * model.weight**2 / 2).sum()
-        loss.backward()
-        return loss.detach()
-
-    assert sharpness_aware(gradient, model, 0) is gradient
-    assert sharpness_aware(gradient, model, 0.1)() == 6.5 and torch.equal(model.weight, before)
-    uphill = 1 + 0.1 * np.array([9, 4]) / math.sqrt(97)
-    assert model.weight.grad[0].numpy() == pytest.approx(np.array([9, 4]) * uphill)
-
-
-def test_sharpness_aware_gradient_moves_batch_statistics_once():
-    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-
-    def gradient(images):
-        loss = model(images).square().sum()
-        loss.backward()
-        return loss.detach()
-
-    expected = 0.1 * model[0](inputs).mean(dim=0).detach()  # a tenth of the way from 0, at the weights as they are
-    sharpness_aware(gradient, model, 0.5)(inputs)
-    assert torch.allclose(model[1].running_mean, expected) and model[1].momentum == 0.1
