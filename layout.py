@@ -21,7 +21,6 @@ import pandas as pd
 from PIL import Image, ImageOps
 
 from errors import InputError, reason
-from sample_data import draw_sample_dataset
 
 log = logging.getLogger("mask")
 
@@ -39,6 +38,7 @@ ORIENTATION = 0x0112  # in EXIF
 # Of its size; with IMREAD_COLOR_RGB they give colours.
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 
+ORIGINAL_PEOPLE = ("000001_female_Asian_45", "006959_male_Asian_19")  # the first and the last of the competition's dataset
 # Wrong labels of the original dataset on which 19 to 28 independent solutions agree.
 WRONG_GENDER = {**{f"00{i}": "male" for i in range(6359, 6365)}, "001498-1": "female", "004432": "female"}
 SWAPPED_SHOTS = ("000020", "004418", "005227")
@@ -71,11 +71,12 @@ def choose_data(data_dir):
     folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
     if folder is None:
         log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
+        from sample_data import draw_sample_dataset  # drawing is no part of reading
         return draw_sample_dataset("data/sample"), "sample"
     train = find_part(folder, "train")
     if train and (train.parent / "sample.json").is_file():
         return folder, "sample"
-    if train and (train / "images" / "000001_female_Asian_45").is_dir() and (train / "images" / "006959_male_Asian_19").is_dir():
+    if train and all((train / "images" / person).is_dir() for person in ORIGINAL_PEOPLE):
         return folder, "competition"
     return folder, "own"
 
@@ -267,8 +268,7 @@ def _is_hidden(relative):
 
 
 def _is_original(people):
-    return (len(people) == 2700 and people.path.iloc[0] == "000001_female_Asian_45"
-            and people.path.iloc[-1] == "006959_male_Asian_19")
+    return len(people) == 2700 and (people.path.iloc[0], people.path.iloc[-1]) == ORIGINAL_PEOPLE
 
 
 def _fix_labels(photos):

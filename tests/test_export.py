@@ -55,8 +55,9 @@ def test_file_takes_photos_of_any_number_and_tells_how_to_make_them(command, dat
     result = command("export", "--model_dir", "results", "--output", "deployed.onnx")
     assert result.returncode == 0 and "wrote deployed.onnx" in result.stdout, result.stderr
     session = onnxruntime.InferenceSession(tmp_path / "deployed.onnx")
-    metadata = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()
-                if key not in ("weights_sha256", "preprocessing")}
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert "centre crop" in metadata["preprocessing"] and len(metadata["weights_sha256"]) == 64
+    metadata = {key: json.loads(value) for key, value in metadata.items() if key not in ("weights_sha256", "preprocessing")}
     assert metadata["classes"][17] == "not wear, female, >=60" and metadata["tta"] == "hflip"
     geometry = Geometry(metadata["size"], metadata["crop"])
     photos = np.stack([geometry(read_image(path)) for path in read_eval(dataset).path])
