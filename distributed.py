@@ -67,12 +67,12 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def launch():
+def start_id():
     """Which start of torchrun this process belongs to, the same after its restarts; empty without torchrun."""
     return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
 
 
-def launcher():
+def command_prefix():
     """How these processes were started, for a command to show."""
     if world_size() == 1:
         return "python"
@@ -129,11 +129,6 @@ def mean(tensor):
     return tensor
 
 
-def maximum(number):
-    """The largest int of any process."""
-    return max(gather(number))
-
-
 def without_sync(model, is_last):
     """Gradients are exchanged only with the last batch of a step."""
     return model.no_sync() if dist.is_initialized() and not is_last else contextlib.nullcontext()
@@ -178,4 +173,4 @@ class Stopper:
         """The signal to stop for at this step, or 0. Several processes ask each other, and only every `interval` steps."""
         if world_size() == 1:
             return self.signal
-        return maximum(self.signal) if step % interval == 0 else 0
+        return max(gather(self.signal)) if step % interval == 0 else 0

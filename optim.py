@@ -1,12 +1,9 @@
-"""The optimizer, its learning rate over the steps, and a check for weights that are not finite."""
+"""The optimizer, and its learning rate over the steps."""
 import math
 
 import timm.optim
 
 from errors import InputError
-
-NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --no-amp, and begin again with --overwrite or another "
-              "--output_dir")
 
 
 def check_optimizer(name):
@@ -31,11 +28,3 @@ def learning_rate(step, total_steps, peak, warmup):
     if step <= warmup_steps:
         return peak * step / warmup_steps
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (total_steps - warmup_steps + 1)))
-
-
-def check_weights(model, inference_model, step, rate):
-    """InputError if a weight is not finite: the step's own update, which no loss has seen yet, may have spoilt it."""
-    for weights in (model, inference_model):
-        for name, value in weights.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                raise InputError(f"{name} is not finite after step {step} (learning rate {rate:.2g}); {NOT_FINITE}")

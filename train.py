@@ -22,28 +22,30 @@ from tqdm import tqdm
 import distributed
 from augmentation import AUGMENTATIONS, Augmentation
 from check_data import drop_bad_images
-from checkpoint import (
-    as_flag,
-    check_output_dir,
-    delete_run,
-    list_checkpoints,
-    lock_output_dir,
-    model_config,
-    prune_checkpoints,
-    resume,
-    save_checkpoint,
-    was_begun_by,
-)
+from checkpoint import list_checkpoints, model_config, save_checkpoint
 from dataset import SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
+from device import autocast, choose_device, choose_workers, half_precision, tune
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
-from inference import autocast, choose_device, choose_workers, half_precision, infer, torch_predictor, tune
+from inference import infer, torch_predictor
 from layout import NUM_CLASSES, choose_data, fingerprint, read_train, record_data, split_people
 from loss import CLASS_WEIGHTS, LOSSES, LogitAdjustedLoss, class_weights, create_loss, soft_targets
 from model import HEADS, TTA, create_model, find_builder, input_statistics
-from optim import NOT_FINITE, check_optimizer, check_weights, create_optimizer, learning_rate
+from optim import check_optimizer, create_optimizer, learning_rate
 from plots import inputs_sheet
 from report import create_board, describe_data, describe_run, finish, report_metrics, report_step
+from run_folder import (
+    RESUMABLE,
+    as_flag,
+    check_output_dir,
+    claim,
+    is_exhausted,
+    prune_checkpoints,
+    resume,
+    resume_argv,
+    update_best,
+    was_begun_by_this_start,
+)
 
 log = logging.getLogger("mask")
 
@@ -55,9 +57,8 @@ DATASET_DEFAULTS = {
     # The competition's own photos show a head in their middle, and everyone who is old is labelled 60 beside many of 57 to 59.
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
-# Flags that a resumed run may change, because no number that was already computed depends on them.
-RESUMABLE = {"data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval", "keep_last", "device",
-             "valid_batch_size", "patience"}
+NOT_FINITE = ("nothing was saved of it; lower --lr, set --clip_grad, or pass --no-amp, and begin again with --overwrite or another "
+              "--output_dir")
 
 
 def main(argv=None):
@@ -66,7 +67,7 @@ def main(argv=None):
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
     device = distributed.join(choose_device(args.device))
-    if distributed.from_main(was_begun_by(output_dir, distributed.launch())):
+    if distributed.from_main(was_begun_by_this_start(output_dir)):  # torchrun has started this again: go on
         argv = resume_argv(argv)
         args = parse_args(argv)
     tune(device, args.deterministic)
@@ -119,12 +120,7 @@ def main(argv=None):
     state = {"step": 0, "epoch": 0, "best_step": None, "best_macro_f1": None, "history": [], "data": fingerprint(photos),
              "args": {key: value for key, value in sorted(vars(args).items()) if key not in RESUMABLE}}
     with distributed.main_first():
-        lock = lock_output_dir(output_dir) if is_main else None
-        check_output_dir(output_dir, args.resume, args.overwrite, argv)  # another run may have been there since
-        if args.overwrite and is_main:
-            delete_run(output_dir)
-        if is_main:
-            print(distributed.launch(), end="", file=lock, flush=True)
+        lock = claim(output_dir, args.resume, args.overwrite, argv) if is_main else None
         training_state = resume(output_dir, state) if args.resume else None
     losses, unread = [], []  # since the last evaluation: as floats, and on the device
     if len(set(distributed.gather(state["step"]))) > 1:
@@ -247,7 +243,7 @@ def main(argv=None):
             if stop_signal and step < total_steps:
                 bar.close()
                 log.info(f"stopped at step {step} of {total_steps}; go on with: "
-                         f"{distributed.launcher()} train.py {shlex.join(resume_argv(argv))}")
+                         f"{distributed.command_prefix()} train.py {shlex.join(resume_argv(argv))}")
                 distributed.gather(None)  # torchrun ends the others with the first that leaves
                 sys.exit(128 + stop_signal)
         if is_exhausted(state, args.patience):
@@ -298,24 +294,12 @@ def evaluate(model, loader, photos, statistics, device, tta, amp):
     return predictions
 
 
-def update_best(state):
-    """Note the newest evaluation as the best so far if it is; without validation the last counts as the best."""
-    newest = state["history"][-1]
-    if "macro_f1" not in newest:
-        state["best_step"] = newest["step"]
-    elif state["best_macro_f1"] is None or newest["macro_f1"] > state["best_macro_f1"]:
-        state |= {"best_step": newest["step"], "best_macro_f1": newest["macro_f1"]}
-
-
-def is_exhausted(state, patience):
-    """Whether the last `patience` evaluations brought nothing better; never for 0."""
-    since_best = [metrics for metrics in state["history"] if metrics["step"] > (state["best_step"] or 0)]
-    return 0 < patience <= len(since_best)
-
-
-def resume_argv(argv):
-    """The flags that go on with a run begun with `argv`."""
-    return [*(flag for flag in argv if flag not in ("--resume", "--overwrite")), "--resume"]
+def check_weights(model, inference_model, step, rate):
+    """InputError if a weight is not finite: the step's own update, which no loss has seen yet, may have spoilt it."""
+    for weights in (model, inference_model):
+        for name, value in weights.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise InputError(f"{name} is not finite after step {step} (learning rate {rate:.2g}); {NOT_FINITE}")
 
 
 def parse_args(argv=None, defaults=None):
@@ -368,7 +352,8 @@ def parse_args(argv=None, defaults=None):
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
     parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
-    parser.add_argument("--deterministic", action="store_true", help="on CUDA, too, equal runs give equal bits; slower")
+    parser.add_argument("--deterministic", action=BooleanOptionalAction, default=False,
+                        help="on CUDA, too, equal runs give equal bits; slower")
     parser.add_argument("--seed", type=int, default=1, help="of everything random")
     parser.set_defaults(**defaults or {})
     args = parser.parse_args(argv)

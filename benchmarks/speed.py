@@ -41,7 +41,7 @@ def main(argv=None):
     if args.work:
         print(json.dumps(globals()[args.work](*([args, args.model] if args.model else [args]))))
         return
-    from inference import choose_device
+    from device import choose_device
     from sample_data import draw_sample_dataset
     args.data_dir = args.data_dir or draw_sample_dataset("data/sample")
     args.device = str(choose_device(args.device))
@@ -135,7 +135,7 @@ def load_training(args, size=LARGE, num_workers=1, is_normalized=False):
 
     from augmentation import Augmentation
     from dataset import EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
-    from inference import tune
+    from device import tune
     from model import IMAGENET_MEAN, IMAGENET_STD
     photos, device = training_photos(args), torch.device(args.device)
     tune(device)
@@ -157,7 +157,7 @@ def load_validation(args):
     import torch
 
     from dataset import Geometry, MaskDataset, create_loader
-    from inference import tune
+    from device import tune
     tune(torch.device(args.device))
     return rate(len(images) for images, _ in create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH))
 
@@ -218,7 +218,7 @@ def train_in_memory(args, model):
     """A bare loop over one batch that is in memory already: what no loader can do better than."""
     import torch
 
-    from inference import autocast, tune
+    from device import autocast, tune
     tune(torch.device(args.device))
     batch = torch.randn(BATCH, 3, *SMALL, device=args.device).contiguous(memory_format=torch.channels_last)
     labels = torch.arange(BATCH, device=args.device) % 18
@@ -264,7 +264,8 @@ def predict_torch(args, model):
     import torch
 
     from checkpoint import load_model
-    from inference import torch_predictor, tune
+    from device import tune
+    from inference import torch_predictor
     tune(torch.device(args.device))
     network, config = load_model(Path(args.folder) / model / "checkpoint-1")
     network.to(args.device, memory_format=torch.channels_last)
@@ -274,8 +275,8 @@ def predict_torch(args, model):
 def predict_onnxruntime(args, model):
     import torch
 
+    from device import tune
     from export import onnx_predictor
-    from inference import tune
     tune(torch.device(args.device))
     return predict(args, onnx_predictor(Path(args.folder) / model / "checkpoint-1" / "model.onnx"))
 
@@ -285,7 +286,8 @@ def predict(args, predictor):
     import torch
 
     from dataset import Geometry, MaskDataset, create_loader
-    from inference import choose_workers, infer
+    from device import choose_workers
+    from inference import infer
     from layout import read_eval
     photos, geometry, device = read_eval(args.data_dir), Geometry(SMALL, CROP), torch.device(args.device)
 

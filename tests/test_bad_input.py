@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 import train
-from checkpoint import lock_output_dir, write_checksums
+from checkpoint import write_checksums
 from errors import InputError, explain
 from model import MODELS, create_model
+from run_folder import lock_output_dir
 
 
 def one_line(result, *parts):

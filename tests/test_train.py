@@ -12,9 +12,9 @@ from conftest import FAST
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
-from checkpoint import list_checkpoints, prune_checkpoints, write_checksums, write_json
+from checkpoint import list_checkpoints, write_checksums, write_json
 from optim import learning_rate
-from train import is_exhausted, update_best
+from run_folder import is_exhausted, prune_checkpoints, update_best
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
 
