@@ -12,9 +12,7 @@ import pandas as pd
 
 from errors import ArgumentParser, InputError, run
 from f1 import bootstrap_interval, macro_f1, read_pooled
-from layout import NUM_CLASSES
-
-COLUMNS = [f"p{label}" for label in range(NUM_CLASSES)]
+from layout import PROBABILITIES
 
 
 def main(argv=None):
@@ -99,10 +97,10 @@ def read_members(runs):
         if set(table.index) != set(first.index):
             raise InputError(f"{folders[0]}: other photos were held out than by {runs[0][0]}; expected members with the same data, "
                              f"--seed and --n_folds or --val_ratio")
-        missing = [column for column in COLUMNS if column not in table]
+        missing = [column for column in PROBABILITIES if column not in table]
         if missing:
             raise InputError(f"{folders[0]}: its valid_predictions.csv has no column {missing[0]}; expected one of train.py")
-    return first, np.stack([table[COLUMNS].reindex(first.index).astype(float).to_numpy() for table in tables])
+    return first, np.stack([table[PROBABILITIES].reindex(first.index).astype(float).to_numpy() for table in tables])
 
 
 if __name__ == "__main__":

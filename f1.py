@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from errors import ArgumentParser, InputError, run
-from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, read_table
+from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode, read_table
 
 
 def macro_f1(labels, predictions):
@@ -78,13 +78,13 @@ def tabulate(photos, probabilities):
     """Predictions of labelled photos: DataFrame of ImageID, person, label, ans and p0..p17, a row a photo."""
     ids = photos.person + "/" + photos.path.map(os.path.basename)
     table = pd.DataFrame({"ImageID": ids, "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
-    return table.join(pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)]))
+    return table.join(pd.DataFrame(probabilities, columns=PROBABILITIES))
 
 
 def score(predictions):
     """Metrics of a table of `tabulate`, over all its photos at once: numbers by name, and the list class_f1."""
     labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
-    likelihood = predictions[[f"p{label}" for label in range(NUM_CLASSES)]].to_numpy()[np.arange(len(labels)), labels]
+    likelihood = predictions[PROBABILITIES].to_numpy()[np.arange(len(labels)), labels]
     attributes = {f"{name}_f1": value for name, value in attribute_f1(labels, answers).items()}
     return {"log_loss": float(-np.log(np.maximum(likelihood, 1e-12)).mean()), "macro_f1": macro_f1(labels, answers),
             "accuracy": float((labels == answers).mean()), **attributes, "class_f1": class_f1(labels, answers).tolist()}
@@ -172,7 +172,7 @@ def _with_classes(table, column, path):
 
 def main(argv=None):
     args = parse_args(argv)
-    *_, last = args.tables
+    last = args.tables[-1]
     is_submission = len(args.tables) == 2 and not Path(last).is_dir() and "label" not in read_table(last, []).columns
     scored = match(*args.tables) if is_submission else read_pooled(args.tables)
     print(report(scored.label, scored["ans"], scored.get("person")))

@@ -22,7 +22,7 @@ from dataset import Geometry, MaskDataset, create_loader, moved_ahead, normalize
 from device import autocast, choose_device, choose_workers, tune
 from errors import ArgumentParser, InputError, run
 from export import find_onnx, onnx_predictor
-from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, decode, find_part, list_images, read_eval
+from layout import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode, find_part, list_images, read_eval
 from model import TTA
 
 
@@ -74,7 +74,7 @@ def main(argv=None):
     for checkpoint, own in zip(checkpoints, by_member, strict=True) if len(checkpoints) > 1 else []:
         print(f"{checkpoint} differs from the vote on {(own.argmax(axis=1) != predictions).mean():.1%} of the photos")
     if args.save_probs:
-        columns = pd.DataFrame(probabilities, columns=[f"p{label}" for label in range(NUM_CLASSES)])
+        columns = pd.DataFrame(probabilities, columns=PROBABILITIES)
         write_csv(pd.concat([photos[["ImageID"]], columns], axis=1), args.save_probs)
         print(f"wrote {args.save_probs}: the 18 probabilities of each photo")
     write_csv(table, output)

@@ -29,6 +29,7 @@ GENDERS = ("male", "female")
 AGES = ("<30", "30-59", ">=60")
 CLASS_NAMES = tuple(f"{mask}, {gender}, {age}" for mask in MASKS for gender in GENDERS for age in AGES)
 NUM_CLASSES = len(CLASS_NAMES)
+PROBABILITIES = [f"p{label}" for label in range(NUM_CLASSES)]  # columns of a table
 
 MASK_OF_SHOT = {**{f"mask{i}": 0 for i in range(1, 6)}, "incorrect_mask": 1, "normal": 2}
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -216,17 +217,13 @@ def _read_people(csv):
         raise InputError(f"{csv}: path {repeated.iloc[0]!r} is repeated; expected one line per person's folder")
     for column, valid, expected in [
         ("gender", people.gender.isin(GENDERS), "male or female"),
-        ("age", people.age.str.fullmatch(r"\d{1,3}") & (people.age != ""), "whole years from 0 to 120"),
+        ("age", people.age.str.fullmatch(r"0?\d{1,2}|1[01]\d|120"), "whole years from 0 to 120"),
         ("path", ~people.path.str.contains(r"[/\\\0]|^\.|^$", regex=True), "the name of a folder in images/"),
     ]:
         if not valid.all():
             row = people[~valid].iloc[0]
             raise InputError(f"{csv}: {column} {row[column]!r} of {row.path!r} is not valid; expected {expected}")
-    people["years"] = people.age.astype(int)
-    if people.years.max() > 120:
-        row = people.loc[people.years.idxmax()]
-        raise InputError(f"{csv}: age {row.age!r} of {row.path!r} is not valid; expected whole years from 0 to 120")
-    return people
+    return people.assign(years=people.age.astype(int))
 
 
 def _list_photos(images, people):

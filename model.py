@@ -17,7 +17,6 @@ import sys
 import urllib.error
 import urllib.request
 from functools import partial
-from pathlib import Path
 
 import huggingface_hub
 import timm
@@ -61,7 +60,7 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
         InputError: for an unknown name, weights that cannot be had or do not fit, a size the model cannot take, or a factored
             head where the model does not end in one linear layer.
     """
-    build = find_builder(name, weights)
+    build = find_builder(name)
     if weights == "imagenet":
         # Weights that are cached load at once, and those that are not fail at once instead of after a minute of retries.
         huggingface_hub.constants.HF_HUB_OFFLINE |= not _is_reachable(huggingface_hub.constants.ENDPOINT)
@@ -95,10 +94,8 @@ def create_model(name, size, head="flat", weights="none", dropout=0.0):
     return model
 
 
-def find_builder(name, weights):
-    """The function that builds a backbone; InputError if there is none of that name, or no such weights file."""
-    if weights not in ("imagenet", "none") and not Path(weights).is_file():
-        raise InputError(f"--weights {weights}: no such weights file; expected imagenet, none, or a .safetensors or .pth file")
+def find_builder(name):
+    """The function that builds a backbone; InputError if there is none of that name."""
     return MODELS.get(name) or _timm_builder(name)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from layout import CLASS_NAMES, read_image
+from layout import CLASS_NAMES, PROBABILITIES, read_image
 
 
 def confusion_matrix(labels, predictions, path):
@@ -75,7 +75,7 @@ def mistakes_sheet(predictions, paths, path, count=24):
         The sheet as an array (H, W, 3), or None if there is no mistake.
     """
     labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
-    probabilities = predictions[[f"p{label}" for label in range(len(CLASS_NAMES))]].to_numpy()
+    probabilities = predictions[PROBABILITIES].to_numpy()
     wrong = np.flatnonzero(labels != answers)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:count]
     if not len(worst):

@@ -6,7 +6,6 @@
 <root>/eval/info.csv, <root>/eval/images/<ImageID> and the eval photos' true classes in <root>/eval/answers.csv.
 A person keeps face, age and hair in all seven photos; mask, mouth, clothes, place, pose and light change.
 """
-import csv
 import json
 import os
 import shutil
@@ -15,14 +14,15 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 
 from errors import ArgumentParser, InputError, run
+from layout import CLASS_NAMES, GENDERS, MASK_OF_SHOT, encode, read_train
+from plots import photo_sheet
 from sample_people import draw_photo, invent_person
 
 VERSION = 1  # raise it whenever a drawing changes, here or in sample_people.py, so that an older folder isn't taken for this one
-SHOTS = ("mask1", "mask2", "mask3", "mask4", "mask5", "incorrect_mask", "normal")
-GENDERS = ("male", "female")
 RACE = "Asian"  # only fills the layout's field: skin is drawn in all tones
 GROUP_SHARES = (0.21, 0.19, 0.10, 0.21, 0.19, 0.10)  # male <30, 30-59, >=60, then female
 FIRST_EVAL_PERSON = 500_001  # far from the train people: their number doesn't change the eval people
@@ -70,44 +70,37 @@ def draw_people(root, part, first, count, seed):
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         rows = [row for person_rows in pool.map(draw_person, jobs, chunksize=4) for row in person_rows]
     if part == "train":
-        write_csv(root / part / "train.csv", ("id", "gender", "race", "age", "path"), rows)
+        people = pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"])
+        people.to_csv(root / part / "train.csv", index=False)
     else:
-        rows.sort()  # by the random file name, which says nothing about person or class
-        write_csv(root / part / "info.csv", ("ImageID", "ans"), [(row[0], 0) for row in rows])
-        write_csv(root / part / "answers.csv", ("ImageID", "ans", "person"), rows)
-
-
-def write_csv(path, header, rows):
-    with open(path, "w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        # by the random file name, which says nothing about person or class
+        answers = pd.DataFrame(sorted(rows), columns=["ImageID", "ans", "person"])
+        answers[["ImageID"]].assign(ans=0).to_csv(root / part / "info.csv", index=False)
+        answers.to_csv(root / part / "answers.csv", index=False)
 
 
 def draw_person(job):
     """Draws one person's seven photos and returns the rows of the part's csv file."""
     root, part, number, group, seed = job
     rng = np.random.default_rng([seed, number])
-    person = invent_person(rng, group // 3, group % 3)
-    name = f"{number:06d}_{GENDERS[person.female]}_{RACE}_{person.age}"
+    gender, age = divmod(group, 3)
+    person = invent_person(rng, gender, age)
+    name = f"{number:06d}_{GENDERS[gender]}_{RACE}_{person.age}"
     folder = root / part / "images"
     if part == "train":
         folder = folder / name
         folder.mkdir()
     rows = []
-    for shot in SHOTS:
-        state = {"incorrect_mask": 1, "normal": 2}.get(shot, 0)
-        photo = draw_photo(person, state, rng)
+    for shot, mask in MASK_OF_SHOT.items():
+        photo = draw_photo(person, mask, rng)
         file = f"{shot}.jpg" if part == "train" else f"{rng.bytes(20).hex()}.jpg"
         photo.save(folder / file, quality=85)
-        rows.append((file, state * 6 + group, f"{number:06d}"))
-    return rows if part == "eval" else [(f"{number:06d}", GENDERS[person.female], RACE, person.age, name)]
+        rows.append((file, encode(mask, gender, age), f"{number:06d}"))
+    return rows if part == "eval" else [(f"{number:06d}", GENDERS[gender], RACE, person.age, name)]
 
 
 def contact_sheet(root, path, people=2):
     """Write a picture of the first training people of each group: a column a group, two rows a mask state."""
-    # Drawing needs neither torch nor the rest of what this imports.
-    from layout import CLASS_NAMES, read_train
-    from plots import photo_sheet
-
     photos = read_train(root)
     shown = [photos[(photos.shot == shot) & (photos.gender == gender) & (photos.age == age)].iloc[person]
              for shot in ("mask1", "incorrect_mask", "normal") for person in range(people)

@@ -375,7 +375,9 @@ def check_args(args):
                 if not low <= number < (high or math.inf):
                     below = f" and below {high}" if high else ""
                     raise InputError(f"--{name} {number}: out of range; expected at least {low}{below}")
-    find_builder(args.model, args.weights)
+    find_builder(args.model)
+    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
+        raise InputError(f"--weights {args.weights}: no such weights file; expected imagenet, none, or a .safetensors or .pth file")
     check_optimizer(args.optimizer)
     create_loss(args.criterion, None if args.class_weights == "none" else torch.ones(NUM_CLASSES))
     if max(args.crop) > 1:

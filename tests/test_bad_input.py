@@ -351,6 +351,7 @@ def test_resume_with_a_flag_that_changes_the_past(command, trained, dataset, tmp
     one_line(command("train", *flags), "had --lr 0.003", "--lr 0.001 would change", "--output_dir")
     one_line(command("train", *flags, "--resize", "48", "32", "--lr", "3e-3"), "--resize 32 24", "--resize 48 32 would change")
     one_line(command("train", *flags, "--no-fix_labels", "--lr", "3e-3"), "had --fix_labels", "--no-fix_labels would change")
+    one_line(command("train", *flags, "--deterministic", "--lr", "3e-3"), "had --no-deterministic", "--deterministic would change")
     flags[flags.index("--eval_steps") - 1] = "2"
     assert command("train", *flags, "--lr", "3e-3").returncode == 0
     flags[flags.index("--eval_steps") - 1] = "1"
