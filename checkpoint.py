@@ -30,13 +30,14 @@ CHECKSUMS = "SHA256SUMS"
 CHECKED = ("model.safetensors", "config.json", "trainer_state.json", "training_state.pt")
 
 
-def model_config(model, name, geometry, tta, dataset):
+def model_config(model, name, geometry, tta, amp, dataset):
     """The config.json of a model: timm's format, and what inference needs under "mask_classification".
 
     Args:
         model: as built by `create_model` for `name`.
         geometry: the `Geometry` it is trained with.
         tta: the views that its evaluation averages, "none" or "hflip".
+        amp: mixed precision of its evaluation, as `autocast` takes it.
         dataset: JSON-able facts about the training data (class counts, where its eval part is).
     """
     mean, std = input_statistics(model)
@@ -48,8 +49,8 @@ def model_config(model, name, geometry, tta, dataset):
     if hasattr(model, "num_features"):
         config["num_features"] = model.num_features
     config |= {"label_names": CLASS_NAMES, "model_args": model_args(name, geometry.size), "pretrained_cfg": cfg}
-    return config | {OUR_KEY: {"model": name, "size": geometry.size, "crop": geometry.crop, "tta": tta, "mean": mean,
-                               "std": std, "classes": CLASS_NAMES, **dataset}}
+    return config | {OUR_KEY: {"model": name, "size": geometry.size, "crop": geometry.crop, "tta": tta, "amp": amp,
+                               "mean": mean, "std": std, "classes": CLASS_NAMES, **dataset}}
 
 
 def save_checkpoint(output_dir, model, config, trainer_state, predictions, training_state):
@@ -132,7 +133,7 @@ def find_checkpoint(model_dir):
 
 
 def read_config(folder):
-    """Our part of a checkpoint's config.json: model, size, crop, tta, mean, std, classes, and the facts of the training data.
+    """Our part of a checkpoint's config.json: model, size, crop, tta, amp, mean, std, classes, and the facts of the training data.
 
     Raises:
         InputError: for a half-written or damaged checkpoint, another format, or another number of classes.
@@ -147,9 +148,10 @@ def read_config(folder):
     numbers = {"size": (2, 16, 4096), "crop": (2, 0.01, 1), "mean": (3, -10, 10), "std": (3, 1e-3, 10)}
     if not (isinstance(ours.get("model"), str) and all(_numbers(ours.get(key), *limits) for key, limits in numbers.items())
             and all(isinstance(side, int) for side in ours["size"]) and ours.get("tta") in TTA
-            and isinstance(ours.get("eval_dir"), str | None) and _are_counts(ours.get("class_counts"))):
-        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std, tta and facts of the dataset "
-                         f"under {OUR_KEY!r}")
+            and isinstance(ours.get("amp"), bool | None) and isinstance(ours.get("eval_dir"), str | None)
+            and _are_counts(ours.get("class_counts"))):
+        raise InputError(f"{folder / 'config.json'}: damaged; expected model, size, crop, mean, std, tta, amp and facts of the "
+                         f"dataset under {OUR_KEY!r}")
     return ours
 
 

@@ -147,11 +147,11 @@ class EpochSampler:
         return np.diff(self.edges)[self.first_batch:].tolist()
 
 
-def create_loader(dataset, num_workers, batch_size=1, batch_sampler=None):
-    """A DataLoader of uint8 batches whose workers stay alive: in order for validation, or by an EpochSampler."""
+def create_loader(dataset, num_workers, device, batch_size=1, batch_sampler=None):
+    """A DataLoader of uint8 batches for a device, whose workers stay alive: in order for validation, or by an EpochSampler."""
     if batch_sampler is None:
         batch_sampler = distributed.own_batches(len(dataset), batch_size)
-    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=torch.cuda.is_available(),
+    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=device.type == "cuda",
                       persistent_workers=num_workers > 0, worker_init_fn=_start_worker, collate_fn=_collate)
 
 

@@ -6,9 +6,11 @@
 import contextlib
 import itertools
 import os
+import platform
 import signal
 import time
 import uuid
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,15 +21,18 @@ from errors import InputError
 def join(device):
     """Join torchrun's processes, if it started this one; returns this process's own device."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.index is not None:
+            raise InputError(f"--device {device}: torchrun gives each process a GPU of its own; pass --device cuda")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             if device.index >= torch.cuda.device_count():
                 raise InputError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: more processes than the "
                                  f"{torch.cuda.device_count()} GPUs of this machine; start as many")
-            torch.cuda.set_device(device)
         store, number, count = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(_name_of_start(store, number, count), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=number, world_size=count)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -69,7 +74,12 @@ def world_size():
 
 def start_id():
     """Which start of torchrun this process belongs to, the same after its restarts; empty without torchrun."""
-    return f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}" if "TORCHELASTIC_RUN_ID" in os.environ else ""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    parent = Path(f"/proc/{os.getppid()}/stat")
+    # The 22nd field tells when it began: in a new container torchrun has the number that it had in the last.
+    began = parent.read_text().rpartition(")")[2].split()[19] if parent.is_file() else ""
+    return " ".join([os.environ["TORCHELASTIC_RUN_ID"], platform.node(), str(os.getppid()), began])
 
 
 def command_prefix():

@@ -61,10 +61,14 @@ def explain(error):
         return f"disk full{_file(error)}: nothing half-written was kept; free some space and run the command again"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"no permission{_file(error)}: change its permissions, or choose another place"
-    # torch's own class for this, found by name so that commands without torch need not import it
-    if type(error).__name__ == "OutOfMemoryError":
-        return "out of GPU memory: lower --batch_size (and raise --accumulation_steps), --valid_batch_size or --resize"
-    if isinstance(error, RuntimeError) and ("shared memory" in text or "bus error" in text.lower()):
+    # Its class is found by name, so that commands without torch need not import it.
+    is_runtime = isinstance(error, RuntimeError)
+    no_memory = "out of memory", "ALLOC_FAILED", "can't allocate memory"  # of CUDA and MPS, of its libraries, of the CPU
+    if type(error).__name__ == "OutOfMemoryError" or (is_runtime and any(words in text for words in no_memory)):
+        return "out of memory: lower --valid_batch_size, in training --batch_size (and raise --accumulation_steps) or --resize, too"
+    if is_runtime and "does not have a deterministic implementation" in text:
+        return f"--deterministic: {text.split(' ')[0]} never repeats itself exactly; pass another --model, or not this flag"
+    if is_runtime and ("shared memory" in text or "bus error" in text.lower()):
         return "too little shared memory for the loader's workers: pass --num_workers 0, or enlarge /dev/shm"
     # A process that dies while it hands over a batch shows as a closed connection, or is missed later on.
     is_cut_off = isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))

@@ -4,7 +4,7 @@
     python inference.py --model_dir=./results --data_dir my_photos/          # any photos, with readable classes
     python inference.py --model_dir results/fold-0 results/fold-1           # the mean of several
 
-Model, input size, crop, mirroring, normalization and classes come from the checkpoint.
+Model, input size, crop, mirroring, precision, normalization and classes come from the checkpoint.
 """
 import os
 import shlex
@@ -36,7 +36,7 @@ def main(argv=None):
         raise InputError(f"--model_weights {args.model_weights}: expected a number >= 0 for each of the {len(checkpoints)} "
                          f"--model_dir, not all 0")
     configs = [read_config(checkpoint) for checkpoint in checkpoints]
-    photos, data_dir, is_eval = choose_photos(args.data_dir, configs[0], checkpoints[0])
+    photos, data_dir, is_eval = choose_photos(args.data_dir, configs, checkpoints)
     output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
     check_output(output, args.save_probs)
     if args.engine == "onnxruntime":
@@ -46,7 +46,8 @@ def main(argv=None):
         predictors = []
         for checkpoint, config in zip(checkpoints, configs, strict=True):
             model = load_model(checkpoint)[0].to(device, memory_format=torch.channels_last)
-            predictors.append(torch_predictor(model, (config["mean"], config["std"]), args.amp))
+            amp = config.get("amp") if args.amp is None else args.amp
+            predictors.append(torch_predictor(model, (config["mean"], config["std"]), amp))
     rank = distributed.rank()
     if rank == 0:
         print(f"{len(photos)} photos of {data_dir} on {device}, {'mean of ' if len(checkpoints) > 1 else ''}"
@@ -57,7 +58,7 @@ def main(argv=None):
     for geometry in dict.fromkeys(geometries):  # members of one geometry share its photos
         same = [i for i, other in enumerate(geometries) if other == geometry]
         dataset = MaskDataset(photos[["path"]], Geometry(*geometry))
-        loader = create_loader(dataset, choose_workers(args.num_workers, device), args.valid_batch_size)
+        loader = create_loader(dataset, choose_workers(args.num_workers, device), device, args.valid_batch_size)
         by_member[same] = infer([(predictors[i], args.tta or configs[i]["tta"]) for i in same], loader, device)
     probabilities = np.tensordot(weights / weights.sum(), by_member, 1)
 
@@ -115,18 +116,23 @@ def torch_predictor(model, statistics, amp=None):
     return predict
 
 
-def choose_photos(data_dir, config, checkpoint):
-    """(photos, folder, whether they are an eval part): what --data_dir names, else the data of the checkpoint.
+def choose_photos(data_dir, configs, checkpoints):
+    """(photos, folder, whether they are an eval part): what --data_dir names, else the data of the checkpoints.
 
     Raises:
         InputError: if they are not there, or as `read_eval` and `list_images` do.
     """
     if data_dir is None:
-        if not config.get("eval_dir"):
-            raise InputError(f"{checkpoint} was trained on data without an eval part; pass --data_dir")
-        if not Path(config["eval_dir"], "info.csv").is_file():
-            raise InputError(f"{config['eval_dir']}: the eval part of the checkpoint's training data is not there; pass --data_dir")
-        return read_eval(config["eval_dir"]), config["eval_dir"], True
+        folder = configs[0].get("eval_dir")
+        for config, checkpoint in zip(configs, checkpoints, strict=True):
+            if not config.get("eval_dir"):
+                raise InputError(f"{checkpoint} was trained on data without an eval part; pass --data_dir")
+            if config["eval_dir"] != folder:
+                raise InputError(f"{checkpoint} was trained on data with another eval part than {checkpoints[0]} "
+                                 f"({config['eval_dir']}, {folder}); pass --data_dir")
+        if not Path(folder, "info.csv").is_file():
+            raise InputError(f"{folder}: the eval part of the checkpoint's training data is not there; pass --data_dir")
+        return read_eval(folder), folder, True
     if len(data_dir) == 1 and (folder := find_part(data_dir[0], "eval")):
         return read_eval(folder), folder, True
     return list_images(data_dir), data_dir[0], False
@@ -154,7 +160,7 @@ def check_predictions(table, photos, probabilities):
     """InputError for probabilities that are not finite; the table must be a prediction of 0..17 for each photo in order."""
     if not np.isfinite(probabilities).all():
         row = photos[~np.isfinite(probabilities).all(axis=1)].iloc[0]
-        raise InputError(f"{row.path}: the model gives no finite probability; the checkpoint is broken, use another one")
+        raise InputError(f"{row.path}: the model gives no finite probability; pass --no-amp, or use another checkpoint")
     assert table.ImageID.tolist() == photos.ImageID.tolist() and table["ans"].between(0, NUM_CLASSES - 1).all()
 
 
@@ -204,7 +210,7 @@ def parse_args(argv=None):
                         help="onnxruntime: by the checkpoint's model.onnx, on the CPU (requirements-onnx.txt)")
     parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
-    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: on CUDA only)")
+    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: as in training)")
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     args = parser.parse_args(argv)
     if "" in (args.data_dir or []):

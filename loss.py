@@ -1,7 +1,8 @@
 """Losses over the 18 classes, and class weights.
 
 Every loss takes logits (B, 18) and targets (B, 18), distributions over the classes (one-hot rows are plain labels), and
-returns a scalar. Class weights are scaled to a mean of 1 over the training photos, a photo's weight is the mean of the
+returns a scalar. Class weights are scaled to a mean of 1 over the training photos as they are in the table
+(a sampler that draws rare ones more often raises the mean), a photo's weight is the mean of the
 classes' over its target, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
 neither the scale of the loss nor the best learning rate, and the batches of a step add up to it (except soft F1).
 """
@@ -152,7 +153,7 @@ def create_loss(name, weight=None, smoothing=0.05, gamma=2.0):
 def class_weights(labels, scheme, beta=0.999):
     """Weights (18,) from the labels of the training photos, with a mean of 1 over those photos; None for "none".
 
-    A class without a photo gets 0: it never occurs.
+    A class without a photo gets 0, so that nothing is learned from its share of a soft target.
 
     Args:
         labels: integer array (N,) of 0..17.

@@ -170,7 +170,9 @@ class FactoredHead(nn.Linear):
         self.register_buffer("membership", torch.cat(rows, dim=1).float(), persistent=False)  # (18, 8) of 0 and 1
 
     def forward(self, features):
-        return F.linear(features, *self.folded())
+        with torch.autocast(features.device.type, enabled=False):  # as it is saved
+            weight, bias = self.folded()
+        return F.linear(features, weight, bias)
 
     def folded(self):
         """Weight (18, in_features) and bias (18,) of the equivalent linear layer."""

@@ -7,8 +7,9 @@ from errors import InputError
 
 
 def check_optimizer(name):
-    """InputError for a name that timm does not know."""
-    if name.lower() not in timm.optim.list_optimizers():
+    """InputError for a name that is none of timm's own optimizers."""
+    # not those of other packages, nor one that wants second derivatives
+    if name.lower() not in timm.optim.list_optimizers(exclude_filters=["fused*", "bnb*", "adahessian"]):
         raise InputError(f"--optimizer {name}: unknown; such as adamw, sgd, adam, lamb, nadamw")
 
 

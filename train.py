@@ -90,8 +90,8 @@ def main(argv=None):
     targets = soft_targets(train_photos, args.age_sigma, args.old_age)
     train_set = MaskDataset(train_photos, geometry, Augmentation(args.augmentation), targets)
     num_workers = choose_workers(args.num_workers, device)
-    train_loader = create_loader(train_set, num_workers, batch_sampler=sampler)
-    valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, args.valid_batch_size)
+    train_loader = create_loader(train_set, num_workers, device, batch_sampler=sampler)
+    valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, device, args.valid_batch_size)
     steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
 
@@ -113,7 +113,7 @@ def main(argv=None):
                                   **({} if is_float16 else {"init_scale": 1.0, "growth_interval": 2**31 - 1}))
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None
     inference_model = ema.module if ema else model
-    config = model_config(model, args.model, geometry, args.tta, {
+    config = model_config(model, args.model, geometry, args.tta, args.amp, {
         "class_counts": np.bincount(labels, minlength=NUM_CLASSES).tolist(), **record_data(data_dir)})
 
     # where it goes, and where it goes on
@@ -130,7 +130,8 @@ def main(argv=None):
         try:
             model.load_state_dict(training_state["model"])
             optimizer.load_state_dict(training_state["optimizer"])
-            scaler.load_state_dict(training_state["scaler"])
+            if training_state["scaler"].get("growth_interval") == scaler.get_growth_interval():  # of the same kind of device
+                scaler.load_state_dict(training_state["scaler"])
             if ema:
                 ema.module.load_state_dict(training_state["ema"])
             losses = training_state["losses"].tolist()

@@ -3,7 +3,7 @@
     python -m benchmarks.recipes --data_dir DIR                                         # all rows, full budget
     python -m benchmarks.recipes --data_dir DIR --recipes ce ours --n_folds 3 --seeds 1 2 \\
         --set "--model tf_efficientnet_lite0 --weights FILE --resize 128 96"  # a scaled budget
-    python -m benchmarks.recipes --people 60 --set "--resize 48 32 --epochs 1"          # do they run at all
+    python -m benchmarks.recipes --people 60 --set "--weights none --resize 48 32 --epochs 1"    # do they run at all
 
 A run is train.py in a process of its own. Its folder is OUT/<recipe>/seed-<s>/fold-<k>; runs that are complete are not run
 again, and a stopped one goes on from its last checkpoint. OUT/results.csv is written anew after every run, with a row for each
@@ -22,7 +22,9 @@ import pandas as pd
 
 from ensemble import read_members
 from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled, tabulate
-from layout import find_part, read_table, read_train, split_people
+from layout import GENDERS, MASK_OF_SHOT, choose_data, read_train, split_people
+from run_folder import as_flag
+from train import DATASET_DEFAULTS
 from train import parse_args as parse_train_args
 
 ROOT = Path(__file__).parent.parent
@@ -67,15 +69,17 @@ ROWS = [*RECIPES, *ENSEMBLES, *ABLATION, NO_MIRROR, FOLD_ENSEMBLE]
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    data_dir = subset(args.data_dir, args.people, out / "data") if args.people else args.data_dir
+    data_dir, kind = choose_data(args.data_dir)
+    # As flags, since some of a dataset's people are not recognised as that dataset.
+    defaults = " ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS.get(kind, {}).items())
+    if args.people:
+        data_dir = link_photos(choose_people(read_train(data_dir), args.people), out / "data")
     wanted = args.recipes or [*RECIPES, *ENSEMBLES]
-    if {FOLD_ENSEMBLE, NO_MIRROR} & set(wanted) and not data_dir:
-        sys.exit(f"{FOLD_ENSEMBLE} and {NO_MIRROR} predict photos of a dataset; pass --data_dir")
     wanted += [member for name in wanted for member in ENSEMBLES.get(name, ())]
     wanted += ["ours"] if NO_MIRROR in wanted else []
     for seed in args.seeds:
         for name in [name for name in ROWS if name in wanted and name not in ENSEMBLES]:
-            run(name, seed, data_dir, out, args.n_folds, args.set, args.members)
+            run(name, seed, data_dir, defaults, out, args.n_folds, args.set, args.members)
             score(out, args.n_folds).to_csv(out / "results.csv", index=False, float_format="%.4f")
     print(summary(score(out, args.n_folds)))
 
@@ -92,13 +96,12 @@ def folders(out, name, seed, n_folds):
     return [out / name / f"seed-{seed}" / (f"fold-{fold}" if n_folds else "split") for fold in range(max(n_folds, 1))]
 
 
-def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
+def run(name, seed, data_dir, defaults, out, n_folds, overrides, num_members=5):
     """Train a recipe unless it is there already; returns its results folders."""
     for fold, folder in enumerate(folders(out, name, seed, n_folds)):
         held_out = ["--n_folds", str(n_folds), "--fold", str(fold)] if n_folds else []
-        data = [] if data_dir is None else ["--data_dir", str(data_dir)]
-        flags = [*data, *shlex.split((RECIPES | ABLATION).get(name, "")), *shlex.split(overrides), "--eval_steps", "1000000",
-                 "--seed", str(seed), *held_out]
+        flags = ["--data_dir", str(data_dir), *shlex.split(f"{defaults} {(RECIPES | ABLATION).get(name, '')} {overrides}"),
+                 "--eval_steps", "1000000", "--seed", str(seed), *held_out]
         made_with = [*flags, f"{num_members} members"] if name == FOLD_ENSEMBLE else flags
         record = folder / "recipe.json"
         if record.is_file():
@@ -108,7 +111,7 @@ def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
         print(f"{name}, seed {seed}, {folder.name}: {shlex.join(flags)}", flush=True)
         started = time.perf_counter()
         if name == FOLD_ENSEMBLE:
-            speed = run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members)
+            speed = run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members)
         elif name == NO_MIRROR:
             speed = None
             photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)[1]
@@ -119,10 +122,10 @@ def run(name, seed, data_dir, out, n_folds, overrides, num_members=5):
         record.write_text(json.dumps({"flags": made_with, "seconds": time.perf_counter() - started, "images_per_second": speed}))
 
 
-def run_fold_ensemble(folder, seed, data_dir, n_folds, fold, overrides, num_members):
+def run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members):
     """Train ours on folds of the training people, and predict the held-out people with the mean; returns images/s."""
     train_photos, valid_photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)
-    run("ours", seed, link_people(data_dir, set(train_photos.person), folder / "data"), folder, num_members, overrides)
+    run("ours", seed, link_photos(train_photos, folder / "data"), defaults, folder, num_members, overrides)
     members = folders(folder, "ours", seed, num_members)
     predict(members, valid_photos, folder)
     return pd.Series([json.loads((member / "recipe.json").read_text())["images_per_second"] for member in members]).mean()
@@ -195,24 +198,24 @@ def summary(table):
     return lines.round(4).to_string()
 
 
-def subset(data_dir, people, folder):
-    """A dataset of links to the photos of some people, stratified on gender x age band."""
-    photos = read_train(data_dir)
+def choose_people(photos, count):
+    """The photos of so many people, stratified on gender x age band."""
     total = photos.person.nunique()
-    chosen = split_people(photos, people / total, seed=0)[1] if people < total else photos
-    return link_people(data_dir, set(chosen.person), folder)
+    return split_people(photos, count / total, seed=0)[1] if count < total else photos
 
 
-def link_people(data_dir, people, folder):
-    """A dataset of links to the folders of these people."""
-    source = find_part(data_dir, "train")
-    table = read_table(source / "train.csv", ["id", "gender", "age", "path"])
-    (folder / "train" / "images").mkdir(parents=True, exist_ok=True)
-    table[table.path.isin(people)].to_csv(folder / "train" / "train.csv", index=False)
-    for person in people:
-        link = folder / "train" / "images" / person
-        if not link.exists():
-            link.symlink_to(source / "images" / person)
+def link_photos(photos, folder):
+    """A dataset of links to these photos, labelled as in the table: what was mended there stays mended."""
+    shot_of_mask = {mask: shot for shot, mask in MASK_OF_SHOT.items() if mask}
+    for photo in photos.itertuples():
+        shot = shot_of_mask.get(photo.mask, photo.shot)
+        link = folder / "train" / "images" / photo.person / f"{shot}{Path(photo.path).suffix}"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink():
+            link.symlink_to(photo.path)
+    people = photos.drop_duplicates("person")
+    genders = [GENDERS[gender] for gender in people.gender]
+    pd.DataFrame({"gender": genders, "age": people.years, "path": people.person}).to_csv(folder / "train/train.csv", index=False)
     return folder
 
 

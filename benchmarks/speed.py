@@ -140,7 +140,7 @@ def load_training(args, size=LARGE, num_workers=1, is_normalized=False):
     photos, device = training_photos(args), torch.device(args.device)
     tune(device)
     data = MaskDataset(photos, Geometry(size, CROP), Augmentation("base"))
-    batches = moved_ahead(create_loader(data, num_workers, batch_sampler=EpochSampler(photos, BATCH)), device)
+    batches = moved_ahead(create_loader(data, num_workers, device, batch_sampler=EpochSampler(photos, BATCH)), device)
     return rate(len(normalize(images, IMAGENET_MEAN, IMAGENET_STD) if is_normalized else images) for images, _ in batches)
 
 
@@ -158,8 +158,9 @@ def load_validation(args):
 
     from dataset import Geometry, MaskDataset, create_loader
     from device import tune
-    tune(torch.device(args.device))
-    return rate(len(images) for images, _ in create_loader(MaskDataset(training_photos(args), Geometry(LARGE, CROP)), 1, BATCH))
+    data, device = MaskDataset(training_photos(args), Geometry(LARGE, CROP)), torch.device(args.device)
+    tune(device)
+    return rate(len(images) for images, _ in create_loader(data, 1, device, BATCH))
 
 
 def load_stock(args):
@@ -198,8 +199,8 @@ def timm_loader(args, count, size, **kwargs):
 
 def prepare_training(args, model):
     """A dataset of the first people, for train.py."""
-    from benchmarks.recipes import link_people
-    link_people(args.data_dir, set(training_photos(args, TRAINED).person), Path(args.folder) / "data")
+    from benchmarks.recipes import link_photos
+    link_photos(training_photos(args, TRAINED), Path(args.folder) / "data")
 
 
 def train_timm(args, model, channels_last=False):
@@ -255,7 +256,7 @@ def prepare_prediction(args, model):
     from export import find_onnx
     from model import create_model
     network, geometry = create_model(model, SMALL), Geometry(SMALL, CROP)
-    config = model_config(network, model, geometry, "none", {})
+    config = model_config(network, model, geometry, "none", None, {})
     state = {"step": 1, "best_step": 1, "history": [], "args": {}}
     find_onnx(save_checkpoint(Path(args.folder) / model, network, config, state, None, {}))
 
@@ -292,7 +293,7 @@ def predict(args, predictor):
     photos, geometry, device = read_eval(args.data_dir), Geometry(SMALL, CROP), torch.device(args.device)
 
     def predicted(part):
-        loader = create_loader(MaskDataset(part, geometry), choose_workers(-1, device), 64)
+        loader = create_loader(MaskDataset(part, geometry), choose_workers(-1, device), device, 64)
         return infer([(predictor, "none")], loader, device).shape[1]
     return rate(predicted(part) for part in (photos[:64], photos))
 

@@ -309,6 +309,7 @@ def test_resume_from_a_pickle_bomb(command, trained, dataset, tmp_path):
     (["--criterion", "crossentropy"], ["--criterion", "cross_entropy"]),
     (["--model", "resnet19"], ["--model resnet19", "efficientnet_b4", "resnet18"]),
     (["--optimizer", "adamww"], ["--optimizer adamww", "adamw"]),
+    (["--optimizer", "bnbadam"], ["--optimizer bnbadam", "adamw"]),
     (["--device", "cuda:9"], ["--device cuda:9"]),
     (["--device", "gpu"], ["--device gpu", "auto"]),
     (["--weights", "nothing.pth"], ["nothing.pth", "no such weights file"]),
@@ -498,8 +499,25 @@ def test_full_disk_ends_in_one_line_and_keeps_the_earlier_checkpoints(command, d
     assert result.returncode == 0 and (tmp_path / "results" / "checkpoint-18").is_dir(), result.stderr
 
 
-def test_gpu_memory_names_the_flags():
-    assert "--batch_size" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")])
+def test_gpu_memory_names_the_flags(error):
+    assert "--batch_size" in explain(error)
+
+
+def test_memory_of_the_cpu_names_the_flags():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2 ** 50, dtype=torch.uint8)
+    assert "--batch_size" in explain(caught.value)
+
+
+def test_an_operation_that_cannot_repeat_itself_names_the_flag():
+    # the text of torch's own alert, which the CPU has no operation to raise
+    text = ("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+            "'torch.use_deterministic_algorithms(True)'.")
+    assert "--deterministic: adaptive_avg_pool2d_backward_cuda" in explain(RuntimeError(text))
 
 
 def test_shared_memory_names_the_flag():

@@ -292,7 +292,7 @@ def batches(photos, workers, sampler, epoch=0, first=0):
     data = MaskDataset(photos, Geometry((16, 16)), Augmentation("base"))
     order = EpochSampler(photos, 16, sampler, seed=4)
     order.set_epoch(epoch, first)
-    return list(create_loader(data, workers, batch_sampler=order))
+    return list(create_loader(data, workers, torch.device("cpu"), batch_sampler=order))
 
 
 def test_batches_are_the_same_for_any_number_of_workers(dataset):

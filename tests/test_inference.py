@@ -45,6 +45,17 @@ def test_inference_repeats_validation_exactly(command, trained, dataset, tmp_pat
     assert np.abs(again.to_numpy() - valid.filter(regex=r"^p\d+$").to_numpy()).max() < 2e-6
 
 
+def test_inference_repeats_validation_in_mixed_precision(command, dataset, tmp_path):
+    assert command("train", "--data_dir", dataset, *FAST, "--epochs", "1", "--lr", "3e-3", "--amp").returncode == 0
+    valid = pd.read_csv(tmp_path / "results/valid_predictions.csv")
+    paths = [dataset / "train" / "images" / image_id for image_id in valid.ImageID]
+    for name, flags in [("as_trained", []), ("full", ["--no-amp"])]:
+        predict(command, "--model_dir", "results", "--save_probs", f"{name}.csv", "--data_dir", *paths, *flags)
+    as_trained, full = (np.abs(probabilities(tmp_path / f"{name}.csv").loc[list(map(str, paths))].to_numpy()
+                               - valid.filter(regex=r"^p\d+$").to_numpy()).max() for name in ("as_trained", "full"))
+    assert as_trained < 2e-6 and full > 2e-5
+
+
 @pytest.mark.parametrize("head", ["factored", "flat"])
 def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, dataset, tmp_path, head):
     flags = [*FAST, "--head", head, "--epochs", "1", "--lr", "3e-3"]
@@ -107,6 +118,8 @@ def test_data_moved_away_is_said(command, trained, dataset, tmp_path):
     assert result.returncode == 2 and "gone" in result.stderr and "--data_dir" in result.stderr
     result = command("inference", "--model_dir", folder, "--data_dir", dataset / "eval" / "images")
     assert result.returncode == 0, result.stderr
+    result = command("inference", "--model_dir", trained, folder)  # never the eval part of the first for both
+    assert result.returncode == 2 and "another eval part" in result.stderr and "gone" in result.stderr
 
 
 def test_photos_of_several_folders_and_of_any_name_each_keep_a_row(command, trained, tmp_path):

@@ -20,7 +20,7 @@ def state_for(step):
 
 
 def save(model, name, folder, size=SIZE):
-    return save_checkpoint(folder, model, model_config(model, name, Geometry(size), "none", {}), state_for(1), None, {})
+    return save_checkpoint(folder, model, model_config(model, name, Geometry(size), "none", None, {}), state_for(1), None, {})
 
 
 ARCHITECTURES = ["efficientnet_b4", "resnet18", "resnet", "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "convnext_atto"]

@@ -1,4 +1,5 @@
 """The README's results table against the place that holds its rows, and the rows as real runs."""
+import os
 import re
 import shlex
 
@@ -7,8 +8,9 @@ import pytest
 from conftest import FAST, ROOT
 from sklearn.metrics import f1_score
 
-from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command, main
+from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command, link_photos, main
 from inference import parse_args as parse_inference_args
+from layout import read_train
 from train import parse_args as parse_train_args
 
 
@@ -47,3 +49,16 @@ def test_rows_run_once_and_the_mean_of_folds_is_scored_on_people_that_no_fold_ha
     assert len(held_out) == 5 and len(one | other) == 19 and not one & other and not held_out & (one | other)
     main(recipes)
     assert "seed 1" not in capsys.readouterr().out
+
+
+def test_links_to_photos_keep_what_was_mended(dataset, tmp_path):
+    photos = read_train(dataset)
+    first = photos.person == photos.person[0]
+    photos.loc[first, "gender"] = 1 - photos.loc[first, "gender"]
+    swapped = first & (photos["mask"] > 0)
+    photos.loc[swapped, "mask"] = 3 - photos.loc[swapped, "mask"]
+    again = read_train(link_photos(photos[photos.person.isin(photos.person.unique()[:4])], tmp_path / "data"))
+    columns = ["person", "years", "gender", "mask", "age"]
+    again.index = again.path.map(os.path.realpath)
+    photos.index = photos.path.map(os.path.realpath)
+    assert again.person.nunique() == 4 and again[columns].equals(photos.loc[again.index, columns])

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score
 
 from checkpoint import list_checkpoints, write_checksums, write_json
+from layout import choose_data, record_data
 from optim import learning_rate
 from run_folder import is_exhausted, prune_checkpoints, update_best
 
@@ -173,6 +174,27 @@ def test_launch_variables_of_this_task(command, dataset, tmp_path):
     assert result.returncode == 0, result.stderr
     assert command("inference", "--model_dir=./results").returncode == 0
     assert len(pd.read_csv(tmp_path / "submission.csv")) == 20
+
+
+def test_the_eval_part_of_other_data_is_never_recorded(dataset, tmp_path, monkeypatch):
+    other, mine = tmp_path / "other/eval", shutil.copytree(dataset / "train", tmp_path / "mine/train").parent
+    shutil.copytree(dataset / "eval", other)
+    monkeypatch.setenv("SM_CHANNEL_TRAIN", str(dataset / "train/images"))
+    monkeypatch.setenv("SM_CHANNEL_EVAL", str(other))
+    assert record_data(choose_data(None)[0])["eval_dir"] == str(other)
+    assert record_data(str(mine))["eval_dir"] is None and record_data(str(dataset))["eval_dir"] == str(dataset / "eval")
+
+
+def test_loss_scaling_of_another_kind_of_device_is_not_gone_on_with(command, dataset, tmp_path):
+    train(command, dataset, "results")
+    path = tmp_path / "results/checkpoint-9/training_state.pt"
+    state = torch.load(path, weights_only=True)
+    ours = state["scaler"].copy()
+    state["scaler"] |= {"scale": 65536.0, "growth_interval": 2000}  # what a GPU without bfloat16 would have written
+    torch.save(state, path)
+    write_checksums(path.parent)
+    train(command, dataset, "results", "--epochs", "2", "--resume")
+    assert torch.load(tmp_path / "results/checkpoint-18/training_state.pt", weights_only=True)["scaler"] == ours
 
 
 def test_best_is_by_macro_f1_and_survives_pruning(tmp_path):
