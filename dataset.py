@@ -10,12 +10,13 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 import distributed
 from layout import AGES, read_image
 
 MILD = 1.35  # up to which shrinking needs no antialiasing
+PREFETCHED = 2  # batches that each loader process is ahead
 cv2.setNumThreads(0)  # a photo is too little work to share: waking other threads takes longer
 
 
@@ -147,18 +148,79 @@ class EpochSampler:
         return np.diff(self.edges)[self.first_batch:].tolist()
 
 
-def create_loader(dataset, num_workers, device, batch_size=1, batch_sampler=None):
-    """A DataLoader of uint8 batches for a device, whose workers stay alive: in order for validation, or by an EpochSampler."""
-    if batch_sampler is None:
-        batch_sampler = distributed.own_batches(len(dataset), batch_size)
-    return DataLoader(dataset, batch_sampler=batch_sampler, num_workers=num_workers, pin_memory=device.type == "cuda",
-                      persistent_workers=num_workers > 0, worker_init_fn=_start_worker, collate_fn=_collate)
+class Loader:
+    """Batches of (images, targets): uint8 (B, 3, H, W) in channels_last, and (B, C); in the order of its batch sampler.
+
+    Loader processes live as long as this. They write photos into a few batches of memory that they share with this process, over
+    and over, and it copies from there: memory shared anew for each batch, as DataLoader itself does it, is cleared by the system
+    page by page, which takes up to a third of a photo's time.
+
+    Args:
+        dataset: a MaskDataset.
+        num_workers: loader processes; 0 loads in this one.
+        device: what the batches are for; those from processes are pinned for CUDA.
+        batch_sampler: lists of the dataset's items: an EpochSampler, or nothing for all photos in order, `batch_size` at a time
+            (of several processes each has its own batches).
+    """
+
+    def __init__(self, dataset, num_workers, device, batch_size=1, batch_sampler=None):
+        if batch_sampler is None:
+            batch_sampler = distributed.own_batches(len(dataset), batch_size)
+        largest = max((len(batch) for batch in batch_sampler), default=0)
+        self.own_copy = torch.Tensor.pin_memory if device.type == "cuda" else torch.clone
+        self.places = None
+        if num_workers and largest:
+            count = PREFETCHED * num_workers + 1  # those under way, and the one that is being copied
+            self.places = torch.empty(count, largest, *dataset.geometry.size, 3, dtype=torch.uint8).share_memory_()
+        self.batches = DataLoader(
+            _Batches(dataset, self.places), batch_size=None, sampler=_Placed(batch_sampler, self.places), num_workers=num_workers,
+            prefetch_factor=PREFETCHED if num_workers else None, persistent_workers=num_workers > 0, worker_init_fn=_start_worker,
+            collate_fn=_as_it_is)
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for images, targets in self.batches:
+            if self.places is not None:
+                place, count = images
+                images = self.own_copy(self.places[place, :count])  # the place is written again once the next batch is asked for
+            yield images.permute(0, 3, 1, 2), torch.from_numpy(targets)
 
 
-def _collate(items):
-    """A batch that keeps the layout of its photos in memory, height x width x RGB, which is what channels_last means."""
-    images, targets = zip(*items, strict=True)
-    return default_collate([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2), torch.stack(targets)
+class _Placed:
+    """A batch sampler's batches, each with the number of the place that it is written to."""
+
+    def __init__(self, batch_sampler, places):
+        self.batch_sampler, self.count = batch_sampler, 1 if places is None else len(places)
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        return ((number % self.count, batch) for number, batch in enumerate(self.batch_sampler))
+
+
+class _Batches(Dataset):
+    """A dataset's batches: (images (B, H, W, 3), or the place and number of them, and targets)."""
+
+    def __init__(self, dataset, places):
+        self.dataset, self.places = dataset, places
+
+    def __getitem__(self, item):
+        place, batch = item
+        shape = (len(batch), *self.dataset.geometry.size, 3)
+        images = torch.empty(shape, dtype=torch.uint8) if self.places is None else self.places[place, :len(batch)]
+        targets = []
+        for i, item in enumerate(batch):
+            image, target = self.dataset[item]
+            images[i] = image.permute(1, 2, 0)  # height x width x RGB in memory, which is what channels_last means
+            targets.append(target)
+        return images if self.places is None else (place, len(batch)), torch.stack(targets).numpy()
+
+
+def _as_it_is(batch):
+    return batch
 
 
 def _start_worker(worker_id):

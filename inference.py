@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import distributed
 from checkpoint import find_checkpoint, load_model, read_config
-from dataset import Geometry, MaskDataset, create_loader, moved_ahead, normalize
+from dataset import Geometry, Loader, MaskDataset, moved_ahead, normalize
 from device import autocast, choose_device, choose_workers, tune
 from errors import ArgumentParser, InputError, run
 from export import find_onnx, onnx_predictor
@@ -58,7 +58,7 @@ def main(argv=None):
     for geometry in dict.fromkeys(geometries):  # members of one geometry share its photos
         same = [i for i, other in enumerate(geometries) if other == geometry]
         dataset = MaskDataset(photos[["path"]], Geometry(*geometry))
-        loader = create_loader(dataset, choose_workers(args.num_workers, device), device, args.valid_batch_size)
+        loader = Loader(dataset, choose_workers(args.num_workers, device), device, args.valid_batch_size)
         by_member[same] = infer([(predictors[i], args.tta or configs[i]["tta"]) for i in same], loader, device)
     probabilities = np.tensordot(weights / weights.sum(), by_member, 1)
 

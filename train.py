@@ -23,7 +23,7 @@ import distributed
 from augmentation import AUGMENTATIONS, Augmentation
 from check_data import drop_bad_images
 from checkpoint import list_checkpoints, model_config, save_checkpoint
-from dataset import SAMPLERS, EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
+from dataset import SAMPLERS, EpochSampler, Geometry, Loader, MaskDataset, moved_ahead, normalize
 from device import autocast, choose_device, choose_workers, half_precision, tune
 from errors import ArgumentParser, InputError, reason, run
 from f1 import score, tabulate
@@ -90,8 +90,8 @@ def main(argv=None):
     targets = soft_targets(train_photos, args.age_sigma, args.old_age)
     train_set = MaskDataset(train_photos, geometry, Augmentation(args.augmentation), targets)
     num_workers = choose_workers(args.num_workers, device)
-    train_loader = create_loader(train_set, num_workers, device, batch_sampler=sampler)
-    valid_loader = create_loader(MaskDataset(valid_photos, geometry), num_workers, device, args.valid_batch_size)
+    train_loader = Loader(train_set, num_workers, device, batch_sampler=sampler)
+    valid_loader = Loader(MaskDataset(valid_photos, geometry), num_workers, device, args.valid_batch_size)
     steps_per_epoch = math.ceil(sampler.num_batches / args.accumulation_steps)
     total_steps = args.epochs * steps_per_epoch
 

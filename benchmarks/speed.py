@@ -134,13 +134,13 @@ def load_training(args, size=LARGE, num_workers=1, is_normalized=False):
     import torch
 
     from augmentation import Augmentation
-    from dataset import EpochSampler, Geometry, MaskDataset, create_loader, moved_ahead, normalize
+    from dataset import EpochSampler, Geometry, Loader, MaskDataset, moved_ahead, normalize
     from device import tune
     from model import IMAGENET_MEAN, IMAGENET_STD
     photos, device = training_photos(args), torch.device(args.device)
     tune(device)
     data = MaskDataset(photos, Geometry(size, CROP), Augmentation("base"))
-    batches = moved_ahead(create_loader(data, num_workers, device, batch_sampler=EpochSampler(photos, BATCH)), device)
+    batches = moved_ahead(Loader(data, num_workers, device, batch_sampler=EpochSampler(photos, BATCH)), device)
     return rate(len(normalize(images, IMAGENET_MEAN, IMAGENET_STD) if is_normalized else images) for images, _ in batches)
 
 
@@ -156,11 +156,11 @@ def load_training_small(args):
 def load_validation(args):
     import torch
 
-    from dataset import Geometry, MaskDataset, create_loader
+    from dataset import Geometry, Loader, MaskDataset
     from device import tune
     data, device = MaskDataset(training_photos(args), Geometry(LARGE, CROP)), torch.device(args.device)
     tune(device)
-    return rate(len(images) for images, _ in create_loader(data, 1, device, BATCH))
+    return rate(len(images) for images, _ in Loader(data, 1, device, BATCH))
 
 
 def load_stock(args):
@@ -286,14 +286,14 @@ def predict(args, predictor):
     """inference.py's loop over the eval photos."""
     import torch
 
-    from dataset import Geometry, MaskDataset, create_loader
+    from dataset import Geometry, Loader, MaskDataset
     from device import choose_workers
     from inference import infer
     from layout import read_eval
     photos, geometry, device = read_eval(args.data_dir), Geometry(SMALL, CROP), torch.device(args.device)
 
     def predicted(part):
-        loader = create_loader(MaskDataset(part, geometry), choose_workers(-1, device), device, 64)
+        loader = Loader(MaskDataset(part, geometry), choose_workers(-1, device), device, 64)
         return infer([(predictor, "none")], loader, device).shape[1]
     return rate(predicted(part) for part in (photos[:64], photos))
 

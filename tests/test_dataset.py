@@ -1,3 +1,4 @@
+import itertools
 import logging
 import math
 import os
@@ -13,7 +14,7 @@ from scipy.stats import norm
 
 import layout
 from augmentation import AUGMENTATIONS, Augmentation, Jitter
-from dataset import EpochSampler, Geometry, MaskDataset, create_loader
+from dataset import EpochSampler, Geometry, Loader, MaskDataset
 from errors import InputError
 from layout import age_band, decode, encode, read_eval, read_image, read_train, split_people
 from loss import soft_targets
@@ -292,7 +293,7 @@ def batches(photos, workers, sampler, epoch=0, first=0):
     data = MaskDataset(photos, Geometry((16, 16)), Augmentation("base"))
     order = EpochSampler(photos, 16, sampler, seed=4)
     order.set_epoch(epoch, first)
-    return list(create_loader(data, workers, torch.device("cpu"), batch_sampler=order))
+    return list(Loader(data, workers, torch.device("cpu"), batch_sampler=order))
 
 
 def test_batches_are_the_same_for_any_number_of_workers(dataset):
@@ -300,6 +301,17 @@ def test_batches_are_the_same_for_any_number_of_workers(dataset):
     one, other = (batches(photos, workers, "sqrt", epoch=1) for workers in (0, 3))
     for batch, again in zip(one, other, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(batch, again, strict=True))
+
+
+def test_a_batch_stays_as_it_is_whatever_is_loaded_next(dataset):
+    photos = read_train(dataset)
+    loader = Loader(MaskDataset(photos, Geometry((16, 16)), Augmentation("base")), 1, torch.device("cpu"),
+                    batch_sampler=EpochSampler(photos, 16, "sqrt", seed=4))
+    first = [images for images, _ in itertools.islice(loader, 3)]  # an epoch that is broken off
+    again = [images for images, _ in loader]
+    assert len(again) == 11 and all(torch.equal(a, b) for a, b in zip(first, again, strict=False))
+    assert all(torch.equal(a, b[0]) for a, b in zip(again, batches(photos, 0, "sqrt"), strict=True))
+    assert all(images.is_contiguous(memory_format=torch.channels_last) for images in again)
 
 
 def test_an_epoch_can_be_entered_in_the_middle(dataset):
