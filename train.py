@@ -146,21 +146,23 @@ def main(argv=None):
         sheet = inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png")
         board.add_image("inputs/augmented", sheet, 0, dataformats="HWC")
     parallel_model = distributed.wrap(model)
+    predictor = torch_predictor(inference_model, statistics, args.amp)
 
-    # The two halves of a step, called by train_one_epoch.
-    def backward(images, targets, share, is_last):
-        images = normalize(images, *statistics)
-        with distributed.without_sync(parallel_model, is_last):
-            with autocast(device, args.amp):
-                logits = parallel_model(images)
-            loss = share * criterion(logits.float(), targets)
-            scaler.scale(loss).backward()
-        return loss.detach()
-
-    def update_weights(step):
-        rate = learning_rate(step, total_steps, args.lr, args.warmup)
+    def train_step(batches, step):
+        """An optimizer step over batches of ((images, targets), photos in all processes together): their mean loss, still on the
+        device; it is not finite if the gradient is not."""
+        photos, loss = sum(size for _, size in batches), 0.0
+        for i, ((images, targets), _) in enumerate(batches, start=1):
+            share = len(images) * distributed.world_size() / photos  # the gradient will be the mean over the processes
+            images = normalize(images, *statistics)
+            with distributed.without_sync(parallel_model, i == len(batches)):
+                with autocast(device, args.amp):
+                    logits = parallel_model(images)
+                part = share * criterion(logits.float(), targets)
+                scaler.scale(part).backward()
+            loss += part.detach()
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate_at(step)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
         scaler.step(optimizer)
@@ -168,7 +170,10 @@ def main(argv=None):
         optimizer.zero_grad(set_to_none=True)
         if ema:
             ema.update(model, step)
-        return norm.new_zeros(()) if is_float16 else norm  # of float16 the scaler skips what overflows, as a matter of course
+        return loss if is_float16 else loss + 0 * norm  # of float16 the scaler skips what overflows, as a matter of course
+
+    def rate_at(step):
+        return learning_rate(step, total_steps, args.lr, args.warmup)
 
     def read_losses(step):
         """Fetch the losses that were not read yet from the device; InputError if one, or a gradient, is not finite."""
@@ -183,9 +188,8 @@ def main(argv=None):
             paths = [path for share in distributed.gather(own) for path in share]
             if is_main:
                 (output_dir / "bad_batch.txt").write_text("\n".join(paths) + "\n")
-            rate = learning_rate(bad, total_steps, args.lr, args.warmup)
-            raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate:.2g}; {paths[0]} and "
-                             f"its other photos are in {output_dir / 'bad_batch.txt'}); {NOT_FINITE}")
+            raise InputError(f"the loss or the gradient of step {bad} is not finite (learning rate {rate_at(bad):.2g}; {paths[0]} "
+                             f"and its other photos are in {output_dir / 'bad_batch.txt'}); {NOT_FINITE}")
 
     def save(predictions):
         if not is_main:
@@ -205,29 +209,29 @@ def main(argv=None):
     for epoch in range(state["step"] // steps_per_epoch, 0 if is_over else args.epochs):
         sampler.set_epoch(epoch, state["step"] % steps_per_epoch * args.accumulation_steps)
         batches = zip(moved_ahead(train_loader, device), sampler.sizes(), strict=True)
-        for step, loss, count in train_one_epoch(model, batches, args.accumulation_steps, backward, update_weights, args.seed,
-                                                 state["step"]):
+        for step, loss, count in train_one_epoch(model, batches, args.accumulation_steps, train_step, args.seed, state["step"]):
             unread.append(loss)
             recent += count
             bar.update()
             state |= {"step": step, "epoch": round(step / steps_per_epoch, 4)}
-            rate = learning_rate(step, total_steps, args.lr, args.warmup)
             stop_signal = stopper.agreed(step, args.log_interval)
             if step % args.log_interval == 0:
                 read_losses(step)
                 speed = recent / (time.perf_counter() - since)
                 if is_main:
-                    report_step(bar, board, step, total_steps, float(np.mean(losses[-args.log_interval:])), rate, speed)
+                    report_step(bar, board, step, total_steps, float(np.mean(losses[-args.log_interval:])),
+                                rate_at(step), speed)
                 recent, since = 0, time.perf_counter()
             if step % args.eval_steps == 0 or step == total_steps:
                 read_losses(step)
                 metrics = {"step": step, "epoch": state["epoch"], "train_loss": float(np.mean(losses))}
                 losses.clear()
-                check_weights(model, inference_model, step, rate)
+                check_weights(model, inference_model, step, rate_at(step))
                 predictions = None
                 if len(valid_photos):
                     distributed.copy_main(inference_model)
-                    predictions = evaluate(inference_model, valid_loader, valid_photos, statistics, device, args.tta, args.amp)
+                    inference_model.eval()
+                    predictions = evaluate(predictor, args.tta, valid_loader, valid_photos, device)
                     metrics |= score(predictions)
                 state["history"].append(metrics)
                 update_best(state)
@@ -239,7 +243,7 @@ def main(argv=None):
                     break
             elif stop_signal:
                 read_losses(step)
-                check_weights(model, inference_model, step, rate)
+                check_weights(model, inference_model, step, rate_at(step))
                 save(None)
             if stop_signal and step < total_steps:
                 bar.close()
@@ -257,39 +261,31 @@ def main(argv=None):
     distributed.leave()
 
 
-def train_one_epoch(model, batches, accumulation_steps, backward, update_weights, seed, step):
+def train_one_epoch(model, batches, accumulation_steps, train_step, seed, step):
     """Train over an epoch's batches; a generator that stops after each optimizer step.
 
     Args:
         model: put into training mode before every step, since an evaluation may have come between.
         batches: of ((images, targets) on the device, photos of the batch in all processes together).
         accumulation_steps: batches to an optimizer step.
-        backward: (images, targets, share, is_last) -> the batch's mean loss times its share of the step; adds its gradients.
-        update_weights: called with the step's number when its gradients are there; returns a tensor that is finite if they are.
+        train_step: (list of batches, number of the step) -> loss.
         seed: dropout and its like draw from (seed, step), so that a resumed run draws the same.
         step: optimizer steps done before.
 
     Yields:
-        (step, loss, photos): steps done; a tensor whose mean over the processes is the mean loss over the step's photos
-        (reading it would make the host wait; it is not finite if the gradient is not); their number.
+        (step, loss, photos): steps done; what `train_step` gave (reading it would make the host wait); photos of the step.
     """
-    rank, world_size = distributed.rank(), distributed.world_size()
+    rank = distributed.rank()
     while group := list(islice(batches, accumulation_steps)):
         step += 1
         model.train()
         torch.manual_seed(int(np.random.SeedSequence([seed, step, rank] if rank else [seed, step]).generate_state(1)[0]))
-        photos, loss = sum(size for _, size in group), 0.0
-        for i, ((images, targets), _) in enumerate(group, start=1):
-            # The gradient will be the mean over the processes.
-            loss += backward(images, targets, len(images) * world_size / photos, i == len(group))
-        norm = update_weights(step)
-        yield step, loss + 0 * norm, photos
+        yield step, train_step(group, step), sum(size for _, size in group)
 
 
-def evaluate(model, loader, photos, statistics, device, tta, amp):
+def evaluate(predictor, tta, loader, photos, device):
     """Predict the validation photos: the table of `tabulate`."""
-    model.eval()
-    predictions = tabulate(photos, infer([(torch_predictor(model, statistics, amp), tta)], loader, device)[0])
+    predictions = tabulate(photos, infer([(predictor, tta)], loader, device)[0])
     if predictions.p0.isna().any():
         raise InputError(f"{photos.path[predictions.p0.isna().argmax()]}: the model gives no finite probability; {NOT_FINITE}")
     return predictions
