@@ -153,25 +153,25 @@ class Loader:
 
     Loader processes live as long as this. They write photos into a few batches of memory that they share with this process, over
     and over, and it copies from there: memory shared anew for each batch, as DataLoader itself does it, is cleared by the system
-    page by page, which takes up to a third of a photo's time.
+    page by page, which can take a quarter of a photo's time.
 
     Args:
         dataset: a MaskDataset.
         num_workers: loader processes; 0 loads in this one.
         device: what the batches are for; those from processes are pinned for CUDA.
-        batch_sampler: lists of the dataset's items: an EpochSampler, or nothing for all photos in order, `batch_size` at a time
-            (of several processes each has its own batches).
+        batch_sampler: lists of the dataset's items: an EpochSampler at the start of an epoch, or nothing for all photos in order,
+            `batch_size` at a time (of several processes each has its own batches).
     """
 
     def __init__(self, dataset, num_workers, device, batch_size=1, batch_sampler=None):
         if batch_sampler is None:
             batch_sampler = distributed.own_batches(len(dataset), batch_size)
-        largest = max((len(batch) for batch in batch_sampler), default=0)
+        sizes = [len(batch) for batch in batch_sampler]
         self.own_copy = torch.Tensor.pin_memory if device.type == "cuda" else torch.clone
         self.places = None
-        if num_workers and largest:
-            count = PREFETCHED * num_workers + 1  # those under way, and the one that is being copied
-            self.places = torch.empty(count, largest, *dataset.geometry.size, 3, dtype=torch.uint8).share_memory_()
+        if num_workers and sizes:
+            count = min(PREFETCHED * num_workers + 1, len(sizes))  # those under way, and the one that is being copied
+            self.places = torch.empty(count, max(sizes), *dataset.geometry.size, 3, dtype=torch.uint8).share_memory_()
         self.batches = DataLoader(
             _Batches(dataset, self.places), batch_size=None, sampler=_Placed(batch_sampler, self.places), num_workers=num_workers,
             prefetch_factor=PREFETCHED if num_workers else None, persistent_workers=num_workers > 0, worker_init_fn=_start_worker,

@@ -210,7 +210,7 @@ def parse_args(argv=None):
                         help="onnxruntime: by the checkpoint's model.onnx, on the CPU (requirements-onnx.txt)")
     parser.add_argument("--valid_batch_size", type=int, default=64, help="photos at a time")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N, mps or cpu")
-    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: as in training)")
+    parser.add_argument("--amp", action=BooleanOptionalAction, help="mixed precision (default: as train.py had it, or on CUDA)")
     parser.add_argument("--num_workers", type=int, default=-1, help="loader processes; -1: on a GPU up to 8, on the CPU none")
     args = parser.parse_args(argv)
     if "" in (args.data_dir or []):

@@ -84,8 +84,8 @@ def choose_data(data_dir):
 
 def record_data(data_dir):
     """Where the training data and its eval part are, for inference without --data_dir."""
-    from_environment = data_dir == os.environ.get("SM_CHANNEL_TRAIN")
-    eval_dir = find_part((from_environment and os.environ.get("SM_CHANNEL_EVAL")) or data_dir, "eval")
+    channel = os.environ.get("SM_CHANNEL_EVAL") if data_dir == os.environ.get("SM_CHANNEL_TRAIN") else None
+    eval_dir = (channel and find_part(channel, "eval")) or find_part(data_dir, "eval")
     return {"train_dir": str(find_part(data_dir, "train")), "eval_dir": eval_dir and str(eval_dir)}
 
 

@@ -130,7 +130,7 @@ def main(argv=None):
         try:
             model.load_state_dict(training_state["model"])
             optimizer.load_state_dict(training_state["optimizer"])
-            if training_state["scaler"].get("growth_interval") == scaler.get_growth_interval():  # of the same kind of device
+            if training_state["scaler"].get("growth_interval") == scaler.state_dict().get("growth_interval"):  # same kind of device
                 scaler.load_state_dict(training_state["scaler"])
             if ema:
                 ema.module.load_state_dict(training_state["ema"])

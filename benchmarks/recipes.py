@@ -73,7 +73,7 @@ def main(argv=None):
     # As flags, since some of a dataset's people are not recognised as that dataset.
     defaults = " ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS.get(kind, {}).items())
     if args.people:
-        data_dir = link_photos(choose_people(read_train(data_dir), args.people), out / "data")
+        data_dir = link_photos(choose_people(labelled(data_dir, args.set), args.people), out / "data")
     wanted = args.recipes or [*RECIPES, *ENSEMBLES]
     wanted += [member for name in wanted for member in ENSEMBLES.get(name, ())]
     wanted += ["ours"] if NO_MIRROR in wanted else []
@@ -114,7 +114,7 @@ def run(name, seed, data_dir, defaults, out, n_folds, overrides, num_members=5):
             speed = run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members)
         elif name == NO_MIRROR:
             speed = None
-            photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)[1]
+            photos = split_people(labelled(data_dir, overrides), value_of("val_ratio", overrides), seed, n_folds, fold)[1]
             predict([folders(out, "ours", seed, n_folds)[fold]], photos, folder, "--tta", "none")
         else:
             stdout = python("train.py", *flags, "--output_dir", folder, "--resume")
@@ -124,7 +124,8 @@ def run(name, seed, data_dir, defaults, out, n_folds, overrides, num_members=5):
 
 def run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members):
     """Train ours on folds of the training people, and predict the held-out people with the mean; returns images/s."""
-    train_photos, valid_photos = split_people(read_train(data_dir), value_of("val_ratio", overrides), seed, n_folds, fold)
+    photos = labelled(data_dir, overrides)
+    train_photos, valid_photos = split_people(photos, value_of("val_ratio", overrides), seed, n_folds, fold)
     run("ours", seed, link_photos(train_photos, folder / "data"), defaults, folder, num_members, overrides)
     members = folders(folder, "ours", seed, num_members)
     predict(members, valid_photos, folder)
@@ -138,6 +139,11 @@ def predict(members, photos, folder, *flags):
            "--save_probs", folder / "probabilities.csv")
     probabilities = pd.read_csv(folder / "probabilities.csv", index_col="ImageID").loc[photos.path].to_numpy()
     tabulate(photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)
+
+
+def labelled(data_dir, overrides):
+    """The photos that train.py reads."""
+    return read_train(data_dir, value_of("fix_labels", overrides))
 
 
 def value_of(flag, overrides):

@@ -11,6 +11,8 @@ from sklearn.metrics import f1_score
 from benchmarks.recipes import ABLATION, ENSEMBLES, RECIPES, command, link_photos, main
 from inference import parse_args as parse_inference_args
 from layout import read_train
+from run_folder import as_flag
+from train import DATASET_DEFAULTS
 from train import parse_args as parse_train_args
 
 
@@ -49,6 +51,12 @@ def test_rows_run_once_and_the_mean_of_folds_is_scored_on_people_that_no_fold_ha
     assert len(held_out) == 5 and len(one | other) == 19 and not one & other and not held_out & (one | other)
     main(recipes)
     assert "seed 1" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", DATASET_DEFAULTS)
+def test_defaults_of_a_dataset_are_the_same_as_flags(kind):
+    flags = " ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS[kind].items())
+    assert parse_train_args(shlex.split(flags)) == parse_train_args([], DATASET_DEFAULTS[kind]) != parse_train_args([])
 
 
 def test_links_to_photos_keep_what_was_mended(dataset, tmp_path):
