@@ -62,8 +62,8 @@ def age_band(years):
 
 # --- where the data is ---
 
-def choose_data(data_dir):
-    """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, which is drawn if need be.
+def choose_data(data_dir, draw_sample):
+    """(folder, kind): --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the sample, drawn by `draw_sample(folder)` if need be.
 
     The kind is "sample", "competition" or "own".
     """
@@ -72,8 +72,7 @@ def choose_data(data_dir):
     folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN") or ("data" if find_part("data", "train") else None)
     if folder is None:
         log.info("NO DATASET GIVEN (no --data_dir, none in ./data): training on the built-in SAMPLE, drawn faces in ./data/sample")
-        from sample_data import draw_sample_dataset  # drawing is no part of reading
-        return draw_sample_dataset("data/sample"), "sample"
+        return draw_sample("data/sample"), "sample"
     train = find_part(folder, "train")
     if train and (train.parent / "sample.json").is_file():
         return folder, "sample"

@@ -46,6 +46,7 @@ from run_folder import (
     update_best,
     was_begun_by_this_start,
 )
+from sample_data import draw_sample_dataset
 
 log = logging.getLogger("mask")
 
@@ -75,7 +76,7 @@ def main(argv=None):
     log.setLevel(logging.INFO if is_main else logging.ERROR)
     check_output_dir(output_dir, args.resume, args.overwrite, argv)
     with distributed.main_first():
-        data_dir, kind = choose_data(args.data_dir)
+        data_dir, kind = choose_data(args.data_dir, draw_sample_dataset)
     if DATASET_DEFAULTS.get(kind):
         args = parse_args(argv, DATASET_DEFAULTS[kind])
         log.info(f"{kind} defaults: {' '.join(as_flag(key, value) for key, value in DATASET_DEFAULTS[kind].items())}")

@@ -24,6 +24,7 @@ from ensemble import read_members
 from f1 import attribute_f1, bootstrap_interval, macro_f1, read_pooled, tabulate
 from layout import GENDERS, MASK_OF_SHOT, choose_data, read_train, split_people
 from run_folder import as_flag
+from sample_data import draw_sample_dataset
 from train import DATASET_DEFAULTS
 from train import parse_args as parse_train_args
 
@@ -69,7 +70,7 @@ ROWS = [*RECIPES, *ENSEMBLES, *ABLATION, NO_MIRROR, FOLD_ENSEMBLE]
 def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
-    data_dir, kind = choose_data(args.data_dir)
+    data_dir, kind = choose_data(args.data_dir, draw_sample_dataset)
     # As flags, since some of a dataset's people are not recognised as that dataset.
     defaults = " ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS.get(kind, {}).items())
     if args.people:

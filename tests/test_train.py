@@ -181,7 +181,7 @@ def test_the_eval_part_of_other_data_is_never_recorded(dataset, tmp_path, monkey
     shutil.copytree(dataset / "eval", other)
     monkeypatch.setenv("SM_CHANNEL_TRAIN", str(dataset / "train/images"))
     monkeypatch.setenv("SM_CHANNEL_EVAL", str(other))
-    assert record_data(choose_data(None)[0])["eval_dir"] == str(other)
+    assert record_data(choose_data(None, None)[0])["eval_dir"] == str(other)
     assert record_data(str(mine))["eval_dir"] is None and record_data(str(dataset))["eval_dir"] == str(dataset / "eval")
 
 
