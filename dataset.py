@@ -166,10 +166,10 @@ class Loader:
     def __init__(self, dataset, num_workers, device, batch_size=1, batch_sampler=None):
         if batch_sampler is None:
             batch_sampler = distributed.own_batches(len(dataset), batch_size)
-        sizes = [len(batch) for batch in batch_sampler]
+        sizes = [len(batch) for batch in batch_sampler] if num_workers else []
         self.own_copy = torch.Tensor.pin_memory if device.type == "cuda" else torch.clone
         self.places = None
-        if num_workers and sizes:
+        if sizes:
             count = min(PREFETCHED * num_workers + 1, len(sizes))  # those under way, and the one that is being copied
             self.places = torch.empty(count, max(sizes), *dataset.geometry.size, 3, dtype=torch.uint8).share_memory_()
         self.batches = DataLoader(

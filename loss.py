@@ -1,10 +1,10 @@
 """Losses over the 18 classes, and class weights.
 
 Every loss takes logits (B, 18) and targets (B, 18), distributions over the classes (one-hot rows are plain labels), and
-returns a scalar. Class weights are scaled to a mean of 1 over the training photos as they are in the table
-(a sampler that draws rare ones more often raises the mean), a photo's weight is the mean of the
-classes' over its target, and a weighted loss is the mean of weight x loss over the batch, so that weighting moves
-neither the scale of the loss nor the best learning rate, and the batches of a step add up to it (except soft F1).
+returns a scalar. Class weights are scaled to a mean of 1 over the training photos as they are in the table (a sampler
+that draws rare ones more often raises the mean), a photo's weight is the mean of the classes' over its target, and a
+weighted loss is the mean of weight x loss over the batch, so that weighting moves neither the scale of the loss nor the
+best learning rate, and the batches of a step add up to it (except soft F1).
 """
 import numpy as np
 import torch

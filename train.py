@@ -149,6 +149,9 @@ def main(argv=None):
     parallel_model = distributed.wrap(model)
     predictor = torch_predictor(inference_model, statistics, args.amp)
 
+    def rate_at(step):
+        return learning_rate(step, total_steps, args.lr, args.warmup)
+
     def train_step(batches, step):
         """An optimizer step over batches of ((images, targets), photos in all processes together): their mean loss, still on the
         device; it is not finite if the gradient is not."""
@@ -172,9 +175,6 @@ def main(argv=None):
         if ema:
             ema.update(model, step)
         return loss if is_float16 else loss + 0 * norm  # of float16 the scaler skips what overflows, as a matter of course
-
-    def rate_at(step):
-        return learning_rate(step, total_steps, args.lr, args.warmup)
 
     def read_losses(step):
         """Fetch the losses that were not read yet from the device; InputError if one, or a gradient, is not finite."""
