@@ -71,16 +71,18 @@ def main(argv=None):
     args = parse_args(argv)
     out = Path(args.out)
     data_dir, kind = choose_data(args.data_dir, draw_sample_dataset)
-    # As flags, since some of a dataset's people are not recognised as that dataset.
-    defaults = " ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS.get(kind, {}).items())
+    # A dataset's defaults as flags, since some of its people are not recognised as that dataset.
+    defaults = shlex.split(" ".join(as_flag(key, value) for key, value in DATASET_DEFAULTS.get(kind, {}).items()))
+    overrides = shlex.split(args.set)
     if args.people:
-        data_dir = link_photos(choose_people(labelled(data_dir, args.set), args.people), out / "data")
+        photos = read_train(data_dir, parse_train_args([*defaults, *overrides]).fix_labels)
+        data_dir = link_photos(choose_people(photos, args.people), out / "data")
     wanted = args.recipes or [*RECIPES, *ENSEMBLES]
     wanted += [member for name in wanted for member in ENSEMBLES.get(name, ())]
     wanted += ["ours"] if NO_MIRROR in wanted else []
     for seed in args.seeds:
         for name in [name for name in ROWS if name in wanted and name not in ENSEMBLES]:
-            run(name, seed, data_dir, defaults, out, args.n_folds, args.set, args.members)
+            run(name, seed, out, ["--data_dir", str(data_dir), *defaults], overrides, args.n_folds, args.members)
             score(out, args.n_folds).to_csv(out / "results.csv", index=False, float_format="%.4f")
     print(summary(score(out, args.n_folds)))
 
@@ -97,11 +99,17 @@ def folders(out, name, seed, n_folds):
     return [out / name / f"seed-{seed}" / (f"fold-{fold}" if n_folds else "split") for fold in range(max(n_folds, 1))]
 
 
-def run(name, seed, data_dir, defaults, out, n_folds, overrides, num_members=5):
-    """Train a recipe unless it is there already; returns its results folders."""
+def run(name, seed, out, data_flags, overrides, n_folds, num_members=5):
+    """Train a recipe with each fold held out, unless it is there already.
+
+    Args:
+        data_flags: --data_dir, its value, and flags that the recipe's own flags win over.
+        overrides: flags that win over the recipe's.
+        num_members: folds of FOLD_ENSEMBLE.
+    """
     for fold, folder in enumerate(folders(out, name, seed, n_folds)):
         held_out = ["--n_folds", str(n_folds), "--fold", str(fold)] if n_folds else []
-        flags = ["--data_dir", str(data_dir), *shlex.split(f"{defaults} {(RECIPES | ABLATION).get(name, '')} {overrides}"),
+        flags = [*data_flags, *shlex.split((RECIPES | ABLATION).get(name, "")), *overrides,
                  "--eval_steps", "1000000", "--seed", str(seed), *held_out]
         made_with = [*flags, f"{num_members} members"] if name == FOLD_ENSEMBLE else flags
         record = folder / "recipe.json"
@@ -110,27 +118,26 @@ def run(name, seed, data_dir, defaults, out, n_folds, overrides, num_members=5):
                 sys.exit(f"{folder} holds a run with other flags; pass another --out, or delete it")
             continue
         print(f"{name}, seed {seed}, {folder.name}: {shlex.join(flags)}", flush=True)
-        started = time.perf_counter()
+        started, speed = time.perf_counter(), None
         if name == FOLD_ENSEMBLE:
-            speed = run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members)
+            train_photos, valid_photos = split(flags)
+            own_data = ["--data_dir", str(link_photos(train_photos, folder / "data")), *data_flags[2:]]
+            run("ours", seed, folder, own_data, overrides, num_members)
+            members = folders(folder, "ours", seed, num_members)
+            predict(members, valid_photos, folder)
+            speed = read_records(members).images_per_second.mean()
         elif name == NO_MIRROR:
-            speed = None
-            photos = split_people(labelled(data_dir, overrides), value_of("val_ratio", overrides), seed, n_folds, fold)[1]
-            predict([folders(out, "ours", seed, n_folds)[fold]], photos, folder, "--tta", "none")
+            predict([folders(out, "ours", seed, n_folds)[fold]], split(flags)[1], folder, "--tta", "none")
         else:
             stdout = python("train.py", *flags, "--output_dir", folder, "--resume")
             speed = pd.Series(re.findall(r"([\d.]+) images/s", stdout), dtype=float).median()
         record.write_text(json.dumps({"flags": made_with, "seconds": time.perf_counter() - started, "images_per_second": speed}))
 
 
-def run_fold_ensemble(folder, seed, data_dir, defaults, n_folds, fold, overrides, num_members):
-    """Train ours on folds of the training people, and predict the held-out people with the mean; returns images/s."""
-    photos = labelled(data_dir, overrides)
-    train_photos, valid_photos = split_people(photos, value_of("val_ratio", overrides), seed, n_folds, fold)
-    run("ours", seed, link_photos(train_photos, folder / "data"), defaults, folder, num_members, overrides)
-    members = folders(folder, "ours", seed, num_members)
-    predict(members, valid_photos, folder)
-    return pd.Series([json.loads((member / "recipe.json").read_text())["images_per_second"] for member in members]).mean()
+def split(flags):
+    """The training and the held-out photos of train.py with these flags."""
+    args = parse_train_args(flags)
+    return split_people(read_train(args.data_dir, args.fix_labels), args.val_ratio, args.seed, args.n_folds, args.fold)
 
 
 def predict(members, photos, folder, *flags):
@@ -140,16 +147,6 @@ def predict(members, photos, folder, *flags):
            "--save_probs", folder / "probabilities.csv")
     probabilities = pd.read_csv(folder / "probabilities.csv", index_col="ImageID").loc[photos.path].to_numpy()
     tabulate(photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)
-
-
-def labelled(data_dir, overrides):
-    """The photos that train.py reads."""
-    return read_train(data_dir, value_of("fix_labels", overrides))
-
-
-def value_of(flag, overrides):
-    """What train.py makes of a flag."""
-    return getattr(parse_train_args(shlex.split(overrides)), flag)
 
 
 def python(script, *argv):
@@ -189,8 +186,13 @@ def read_row(out, name, seed, n_folds):
     if name in ENSEMBLES:  # a soft vote: the mean of the members' probabilities for the same held-out photos
         table, probabilities = read_members(members)
         return table.assign(ans=probabilities.mean(axis=0).argmax(axis=1)), {}
-    records = pd.DataFrame([json.loads((folder / "recipe.json").read_text()) for folder in members[0]])
+    records = read_records(members[0])
     return read_pooled(members[0]), {"seconds": records.seconds.sum(), "images_per_second": records.images_per_second.mean()}
+
+
+def read_records(folders):
+    """A row for each run, with its seconds and images_per_second."""
+    return pd.DataFrame([json.loads((folder / "recipe.json").read_text()) for folder in folders])
 
 
 def summary(table):
