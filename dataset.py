@@ -1,9 +1,14 @@
-"""The geometry of the photos, the dataset, the sampler, the loader.
+"""The data: person split, crop and resize, augmentation presets, dataset, batches.
 
-Every random draw comes from (seed, epoch, position in the epoch), so that the batches of a step are the same for any
-number of workers, after a resume, and for any order of a directory listing.
+    from dataset import MaskDataset, read_train, split_people
+
+Batch k of a run depends only on (seed, k). It is therefore the same for any number of loader
+processes, and after a resume. Tables of photos are pandas DataFrames with one row per photo.
 """
 import functools
+import math
+import os
+import random
 import signal
 
 import cv2
@@ -12,250 +17,304 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
-import distributed
-from layout import AGES, read_image
+from core import distributed
+from core.errors import InputError
+from core.images import read_image
+from core.labels import AGES
+from core.layout import read_train  # noqa: F401  (other files import it from here)
 
-MILD = 1.35  # up to which shrinking needs no antialiasing
-PREFETCHED = 2  # batches that each loader process is ahead
-cv2.setNumThreads(0)  # a photo is too little work to share: waking other threads takes longer
+# Without this, importing albumentations asks the network for its newest version.
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+import albumentations as A
+
+cv2.setNumThreads(0)  # one photo is too little work to share between threads
 
 
-class Geometry:
-    """The one deterministic geometry of training, validation and inference: centre crop, then resize.
+# --- person split ---
+
+def split_people(photos, val_ratio=0.2, seed=0, n_folds=0, fold=0):
+    """Split whole people into training and validation, stratified on gender x age band.
+
+    People are shuffled within their group, the groups are concatenated, and validation takes
+    evenly spaced positions (systematic sampling). The number of validation people is exact, and
+    that of each group is exact to within one person. Fold k takes positions k, k + n_folds, ...
 
     Args:
-        size: (height, width) in pixels of the result.
+        photos: the table of `read_train`.
+        val_ratio: fraction of the people in validation, 0 <= val_ratio < 1; 0 trains on everyone.
+        seed: seed of the shuffle.
+        n_folds, fold: with n_folds >= 2 validation is this fold, and val_ratio is ignored.
+
+    Returns:
+        (train, valid): two tables without a common person.
+
+    Raises:
+        InputError: if one of them would be empty.
+    """
+    people = photos.drop_duplicates("person").sort_values("person")
+    shuffled = people.iloc[np.random.default_rng(seed).permutation(len(people))]
+    ordered = shuffled.sort_values(["gender", "age"], kind="stable").person.to_numpy()
+    count = len(ordered)
+    if n_folds:
+        positions = np.arange(count)[fold::n_folds]
+    else:
+        num_valid = round(count * val_ratio)
+        positions = ((np.arange(num_valid) + 0.5) * count / max(num_valid, 1)).astype(int)
+    needs_valid = n_folds or val_ratio > 0
+    if len(positions) == count or (needs_valid and not len(positions)) or count < n_folds:
+        flag = f"--n_folds {n_folds}" if n_folds else f"--val_ratio {val_ratio}"
+        raise InputError(f"{count} people are too few for {flag}: training and validation need at "
+                         f"least one person each")
+    is_valid = photos.person.isin(ordered[positions])
+    return (photos[~is_valid].reset_index(drop=True), photos[is_valid].reset_index(drop=True))
+
+
+# --- crop and resize ---
+
+MAX_PLAIN_SHRINK = 1.35  # shrinking by up to this factor needs no antialiasing
+
+
+class CropResize:
+    """Centre crop, then resize: the one geometry of training, validation and inference.
+
+    Args:
+        size: (height, width) of the result in pixels.
         crop: (height, width) of the centre crop as fractions of the photo, each in (0, 1].
     """
 
     def __init__(self, size, crop=(1.0, 1.0)):
         self.size, self.crop = tuple(size), tuple(crop)
-        # What the decoder must leave of a whole photo, so that the antialiased resize still has something to choose from.
-        self.at_least = tuple(1.5 * side / share for side, share in zip(self.size, self.crop, strict=True))
+        # The decoder may shrink a photo to this size: enough for the antialiased resize.
+        self.min_size = tuple(1.5 * side / part
+                              for side, part in zip(self.size, self.crop, strict=True))
 
-    def __call__(self, pixels, jitter=None):
-        """The result (height, width, 3) of a photo, both uint8 arrays.
+    def __call__(self, pixels, affine=None):
+        """Crop and resize a photo; with `affine`, transform it in the same step.
 
         Args:
-            pixels: (height, width, 3).
-            jitter: (3, 3) affine map from (x, y) in the result to where in the result without it the pixel comes from. What it
-                moves in from outside the crop is the photo there, and outside the photo its reflection.
+            pixels: uint8 array (H, W, 3).
+            affine: 3 x 3 matrix from output pixels to input pixels, as `cv2.WARP_INVERSE_MAP`
+                expects, in the coordinates of the result. Pixels from outside the crop come from
+                the photo around it; outside the photo they are reflected.
+
+        Returns:
+            uint8 array (height, width, 3).
         """
-        if jitter is None:
-            top, left, height, width = (round(value) for value in self._box(pixels))
+        if affine is None:
+            top, left, height, width = (round(value) for value in self._crop_box(pixels))
             return _resize(pixels[top:top + height, left:left + width], self.size)
-        _, _, height, width = self._box(pixels)
-        if max(height / self.size[0], width / self.size[1]) > MILD:
-            # No further, since the pass below softens: training's photos shall be as sharp as those of validation.
-            shrink = MILD * np.divide(self.size, (height, width))
+
+        # A photo that shrinks a lot is antialiased first, but only down to MAX_PLAIN_SHRINK times
+        # the size: the warp below also blurs, and training photos must be as sharp as validation
+        # photos.
+        _, _, height, width = self._crop_box(pixels)
+        if max(height / self.size[0], width / self.size[1]) > MAX_PLAIN_SHRINK:
+            shrink = MAX_PLAIN_SHRINK * np.divide(self.size, (height, width))
             pixels = _resize(pixels, np.rint(pixels.shape[:2] * shrink).astype(int).tolist())
-        top, left, height, width = self._box(pixels)
-        scale_y, scale_x = height / self.size[0], width / self.size[1]
-        # Pixel centres are at halves: one place in the photo for each pixel of the result, in a single pass.
-        place = np.array([[scale_x, 0, left + scale_x / 2 - 0.5], [0, scale_y, top + scale_y / 2 - 0.5], [0, 0, 1]]) @ jitter
-        # Of four channels OpenCV warps twice as many pixels in the same time as of three.
-        warped = cv2.warpAffine(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA), place[:2], self.size[::-1],
-                                flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
+
+        # `to_photo` maps a pixel (x, y) of the result to the photo; pixel centres are at
+        # half-integers. Together with `affine` it is one warp.
+        top, left, height, width = self._crop_box(pixels)
+        y, x = height / self.size[0], width / self.size[1]
+        to_photo = np.array([[x, 0, left + x / 2 - 0.5], [0, y, top + y / 2 - 0.5], [0, 0, 1]])
+        # OpenCV warps four channels twice as fast as three.
+        warped = cv2.warpAffine(cv2.cvtColor(pixels, cv2.COLOR_RGB2RGBA), (to_photo @ affine)[:2],
+                                self.size[::-1], flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                                borderMode=cv2.BORDER_REFLECT_101)
         return cv2.cvtColor(warped, cv2.COLOR_RGBA2RGB)
 
-    def _box(self, pixels):
-        """(top, left, height, width) of the centre crop, not yet rounded."""
+    def _crop_box(self, pixels):
+        """Return (top, left, height, width) of the centre crop, not rounded."""
         height, width = pixels.shape[0] * self.crop[0], pixels.shape[1] * self.crop[1]
         return (pixels.shape[0] - height) / 2, (pixels.shape[1] - width) / 2, height, width
 
 
 def _resize(pixels, size):
-    """A uint8 array (H, W, 3) resized bilinearly to size (height, width), antialiased where it shrinks."""
-    if max(pixels.shape[0] / size[0], pixels.shape[1] / size[1]) <= MILD:
+    """Resize a uint8 array (H, W, 3) bilinearly to (height, width), antialiased if it shrinks."""
+    if max(pixels.shape[0] / size[0], pixels.shape[1] / size[1]) <= MAX_PLAIN_SHRINK:
         return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = F.interpolate(planes, size=size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
 
+# --- augmentation ---
+
+class RandomAffine:
+    """Random mirror, zoom, shift and rotation, done in the same pass as crop and resize.
+
+    Args:
+        flip: probability of the mirror image.
+        p: probability of zoom, shift and rotation, which are drawn together.
+        zoom: range of the magnification, drawn for height and width separately.
+        shift: largest shift in each direction, as a fraction of the size.
+        rotate: largest rotation in each direction, in degrees.
+    """
+
+    def __init__(self, flip=0.0, p=0.0, zoom=(1.0, 1.0), shift=0.0, rotate=0.0):
+        self.flip, self.p, self.zoom, self.shift, self.rotate = flip, p, zoom, shift, rotate
+
+    def draw(self, rng, size):
+        """Return (flip the result afterwards?, affine matrix for `CropResize` or None)."""
+        is_mirrored, is_moved = rng.random(2) < (self.flip, self.p)
+        if not is_moved:
+            return is_mirrored, None
+        centre, zoom = np.array(size[::-1]) / 2 - 0.5, rng.uniform(*self.zoom, 2)
+        angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
+        shift = rng.uniform(-self.shift, self.shift, 2) * size[::-1]
+        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        matrix = np.eye(3)
+        matrix[:2, :2] = rotation / zoom
+        matrix[:2, 2] = centre - matrix[:2, :2] @ (centre + shift)
+        if is_mirrored:  # the matrix includes the flip
+            matrix = matrix @ [[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]]
+        return False, matrix
+
+
+# To add a preset, write a function that returns a list of albumentations transforms for uint8 RGB
+# images of the final size. Only the first item may be a RandomAffine.
+AUGMENTATIONS = {
+    "none": list,
+    "flip": lambda: [RandomAffine(flip=0.5)],
+    "base": lambda: [
+        RandomAffine(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
+        A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+        A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
+    ],
+}
+
+
+class Augmentation:
+    """A preset of AUGMENTATIONS; all its draws come from the seed of the photo."""
+
+    def __init__(self, name):
+        transforms = AUGMENTATIONS[name]()
+        has_affine = transforms and isinstance(transforms[0], RandomAffine)
+        self.affine = transforms.pop(0) if has_affine else RandomAffine()
+        self.others = A.Compose(transforms)
+
+    def __call__(self, pixels, crop_resize, seed):
+        """Return the augmented crop of a photo, a uint8 array of the size of `crop_resize`."""
+        rng = np.random.default_rng(seed)
+        flip, matrix = self.affine.draw(rng, crop_resize.size)
+        image = crop_resize(pixels, matrix)
+        if flip:
+            image = cv2.flip(image, 1)
+        if len(self.others):
+            # One generator for all transforms. With set_random_seed every transform would draw the
+            # same numbers: an erased photo would always be a brightened one, too.
+            self.others.set_random_state(rng, random.Random(seed))
+            image = self.others(image=image)["image"]
+        return image
+
+
+# --- dataset and batches ---
+
 class MaskDataset(Dataset):
-    """Photos as (image, target): image a uint8 tensor (3, height, width), RGB 0..255; target a row of `targets`.
+    """Photos as (image, target): a uint8 tensor (height, width, 3), RGB, and a row of `targets`.
 
     Args:
         photos: a table with `path`.
-        geometry: the `Geometry`, applied to every photo.
-        augment: an `augmentation.Augmentation`, for items asked for as (index, draw seed); an item asked for by its index alone is
-            never augmented.
-        targets: (N, 18) of `loss.soft_targets`, or None where nothing is to be learned (rows are then empty).
+        crop_resize: the `CropResize`, applied to every photo.
+        augmentation: an `Augmentation` for items that are asked for as (index, seed). Items that
+            are asked for by index alone are never augmented.
+        targets: (N, 18) from `loss.soft_targets`; None for validation and inference.
     """
 
-    def __init__(self, photos, geometry, augment=None, targets=None):
+    def __init__(self, photos, crop_resize, augmentation=None, targets=None):
         self.paths = photos.path.to_numpy(dtype=str)
         self.targets = torch.empty(len(photos), 0) if targets is None else targets
-        self.geometry, self.augment = geometry, augment
+        self.crop_resize, self.augmentation = crop_resize, augmentation
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, item):
-        index, draw_seed = item if isinstance(item, tuple) else (item, None)
-        pixels = read_image(self.paths[index], self.geometry.at_least)
-        image = self.geometry(pixels) if draw_seed is None else self.augment(pixels, self.geometry, draw_seed)
-        return torch.from_numpy(image).permute(2, 0, 1), self.targets[index]
+        index, seed = item if isinstance(item, tuple) else (item, None)
+        pixels = read_image(self.paths[index], self.crop_resize.min_size)
+        if seed is None:
+            image = self.crop_resize(pixels)
+        else:
+            image = self.augmentation(pixels, self.crop_resize, seed)
+        return torch.from_numpy(image), self.targets[index]
 
 
-# Exponent of 1 / (photos in a person's gender x age group): how often a photo is drawn.
+# A photo is drawn with weight n ** -power, where n is the size of its gender x age group.
 SAMPLERS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}
 
 
-class EpochSampler:
-    """Batches of (index, draw seed) for a DataLoader's `batch_sampler`; all draws come from (seed, epoch, position).
+class BatchSampler:
+    """The batches of a training run. Batch k depends only on (seed, k).
 
-    With sampler "none" an epoch is every photo once, in a new order. Otherwise it is as many draws with replacement, the
-    photos of a gender x age group of n photos weighted n^-1/2 ("sqrt") or n^-1 ("balanced"). Labels come from the
-    table, never from an image. The batches of an epoch differ in size by at most one, so that none is a runt.
+    With sampler "none" all photos are shuffled again for each pass, and a batch may hold the end
+    of one pass and the start of the next: no batch is short. With the other samplers photos are
+    drawn with replacement.
 
     Args:
-        photos: the table of the training photos.
-        batch_size: the largest batch, of all processes together; each takes its share of it.
+        photos: the table of the training photos; only gender and age are used.
+        batch_size: photos per batch, of all processes together.
         sampler: a name in SAMPLERS.
-        seed: of all draws.
+        seed: random seed.
     """
 
     def __init__(self, photos, batch_size, sampler="none", seed=0):
         group = (photos.gender * len(AGES) + photos.age).to_numpy()
         weights = np.bincount(group)[group] ** -SAMPLERS[sampler]
-        self.probabilities = None if sampler == "none" else weights / weights.sum()
-        self.num_photos, self.seed = len(photos), seed
-        self.num_batches = -(-len(photos) // batch_size)
-        self.edges = np.linspace(0, self.num_photos, self.num_batches + 1).round().astype(int)
-        self.set_epoch(0)
+        cumulative = np.cumsum(weights)
+        self.cumulative = None if sampler == "none" else cumulative / cumulative[-1]
+        self.num_photos, self.batch_size, self.seed = len(photos), batch_size, seed
 
-    def set_epoch(self, epoch, first_batch=0):
-        """Choose the epoch (from 0), and the batch to start it at (after a resume)."""
-        self.epoch, self.first_batch = epoch, first_batch
-
-    def __len__(self):
-        return self.num_batches - self.first_batch
-
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        if self.probabilities is None:
-            order = rng.permutation(self.num_photos)
+    def batch(self, k):
+        """Return batch k as a list of (index, seed of the augmentation)."""
+        rng = np.random.default_rng([self.seed, 0, k])  # 0: not the stream of the permutations
+        if self.cumulative is None:
+            start = k * self.batch_size
+            indices = [_permutation(self.seed, position // self.num_photos, self.num_photos)[
+                position % self.num_photos] for position in range(start, start + self.batch_size)]
         else:
-            order = rng.choice(self.num_photos, self.num_photos, p=self.probabilities)
-        draws = list(zip(order.tolist(), rng.integers(2**32, size=self.num_photos).tolist(), strict=True))
-        for batch in range(self.first_batch, self.num_batches):
-            yield draws[self.edges[batch]:self.edges[batch + 1]][distributed.rank()::distributed.world_size()]
+            draws = rng.random(self.batch_size)
+            indices = np.searchsorted(self.cumulative, draws, side="right").tolist()
+        seeds = rng.integers(2**32, size=self.batch_size).tolist()
+        return list(zip(indices, seeds, strict=True))
 
-    def sizes(self):
-        """The size of each batch to come, of all processes together."""
-        return np.diff(self.edges)[self.first_batch:].tolist()
+    def batches(self, start, stop):
+        """Yield this process's share of the batches start, ..., stop - 1."""
+        for k in range(start, stop):
+            yield self.batch(k)[distributed.rank()::distributed.world_size()]
 
 
-class Loader:
-    """Batches of (images, targets): uint8 (B, 3, H, W) in channels_last, and (B, C); in the order of its batch sampler.
+@functools.lru_cache(maxsize=2)  # a batch can reach from one permutation into the next
+def _permutation(seed, number, size):
+    return np.random.default_rng([seed, 1, number]).permutation(size).tolist()
 
-    Loader processes live as long as this. They write photos into a few batches of memory that they share with this process, over
-    and over, and it copies from there: memory shared anew for each batch, as DataLoader itself does it, is cleared by the system
-    page by page, which can take a quarter of a photo's time.
 
-    Args:
-        dataset: a MaskDataset.
-        num_workers: loader processes; 0 loads in this one.
-        device: what the batches are for; those from processes are pinned for CUDA.
-        batch_sampler: lists of the dataset's items: an EpochSampler at the start of an epoch, or nothing for all photos in order,
-            `batch_size` at a time (of several processes each has its own batches).
+def create_train_loader(dataset, sampler, start, stop, num_workers, device):
+    """Return a DataLoader for one pass over the batches start, ..., stop - 1 of `sampler`."""
+    return _create_loader(dataset, sampler.batches(start, stop), num_workers, device)
+
+
+def create_eval_loader(dataset, batch_size, num_workers, device):
+    """Return a DataLoader of all photos in order, in batches of one size.
+
+    The batches are made equal, and the last is padded with the last photo; `predict` drops the
+    padding. Of several processes each loads its own batches.
     """
-
-    def __init__(self, dataset, num_workers, device, batch_size=1, batch_sampler=None):
-        if batch_sampler is None:
-            batch_sampler = distributed.own_batches(len(dataset), batch_size)
-        sizes = [len(batch) for batch in batch_sampler] if num_workers else []
-        self.own_copy = torch.Tensor.pin_memory if device.type == "cuda" else torch.clone
-        self.places = None
-        if sizes:
-            count = min(PREFETCHED * num_workers + 1, len(sizes))  # those under way, and the one that is being copied
-            self.places = torch.empty(count, max(sizes), *dataset.geometry.size, 3, dtype=torch.uint8).share_memory_()
-        self.batches = DataLoader(
-            _Batches(dataset, self.places), batch_size=None, sampler=_Placed(batch_sampler, self.places), num_workers=num_workers,
-            prefetch_factor=PREFETCHED if num_workers else None, persistent_workers=num_workers > 0, worker_init_fn=_start_worker,
-            collate_fn=_as_it_is)
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        for images, targets in self.batches:
-            if self.places is not None:
-                place, count = images
-                images = self.own_copy(self.places[place, :count])  # the place is written again once the next batch is asked for
-            yield images.permute(0, 3, 1, 2), torch.from_numpy(targets)
+    num_batches = math.ceil(len(dataset) / batch_size)
+    size = math.ceil(len(dataset) / max(num_batches, 1))
+    batches = [[min(index, len(dataset) - 1) for index in range(k * size, (k + 1) * size)]
+               for k in range(num_batches)]
+    batches = batches[distributed.rank()::distributed.world_size()]
+    return _create_loader(dataset, batches, num_workers, device)
 
 
-class _Placed:
-    """A batch sampler's batches, each with the number of the place that it is written to."""
-
-    def __init__(self, batch_sampler, places):
-        self.batch_sampler, self.count = batch_sampler, 1 if places is None else len(places)
-
-    def __len__(self):
-        return len(self.batch_sampler)
-
-    def __iter__(self):
-        return ((number % self.count, batch) for number, batch in enumerate(self.batch_sampler))
+def _create_loader(dataset, batches, num_workers, device):
+    return DataLoader(dataset, batch_sampler=batches, num_workers=num_workers,
+                      pin_memory=device.type == "cuda", persistent_workers=num_workers > 0,
+                      worker_init_fn=_ignore_stop_signals)
 
 
-class _Batches(Dataset):
-    """A dataset's batches: (images (B, H, W, 3), or the place and number of them, and targets)."""
-
-    def __init__(self, dataset, places):
-        self.dataset, self.places = dataset, places
-
-    def __getitem__(self, item):
-        place, batch = item
-        shape = (len(batch), *self.dataset.geometry.size, 3)
-        images = torch.empty(shape, dtype=torch.uint8) if self.places is None else self.places[place, :len(batch)]
-        targets = []
-        for i, item in enumerate(batch):
-            image, target = self.dataset[item]
-            images[i] = image.permute(1, 2, 0)  # height x width x RGB in memory, which is what channels_last means
-            targets.append(target)
-        return images if self.places is None else (place, len(batch)), torch.stack(targets).numpy()
-
-
-def _as_it_is(batch):
-    return batch
-
-
-def _start_worker(worker_id):
-    # A signal to the whole process group stops the run at a whole step, for which its workers are still needed.
+def _ignore_stop_signals(worker_id):
+    # Ctrl-C reaches the loader processes, too, but the training process still needs them until
+    # the end of its step.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    torch.set_num_threads(1)  # more would only fight with the other workers and the training step
-
-
-def moved_ahead(loader, device):
-    """The batches of a loader, their tensors on the device; on CUDA the next is copied there while one is computed with."""
-    if device.type != "cuda":
-        for batch in loader:
-            yield [part.to(device) for part in batch]
-        return
-    stream, ready = torch.cuda.Stream(device), None
-    for batch in loader:
-        with torch.cuda.stream(stream):
-            coming = [part.to(device, non_blocking=True) for part in batch]
-        if ready is not None:
-            yield ready
-        torch.cuda.current_stream(device).wait_stream(stream)
-        for part in coming:
-            part.record_stream(torch.cuda.current_stream(device))  # its memory is free again once that one has used it
-        ready = coming
-    if ready is not None:
-        yield ready
-
-
-def normalize(images, mean, std):
-    """A uint8 batch (B, 3, H, W) to a float batch on its device, channels last: (images / 255 - mean) / std."""
-    images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.sub_(_per_channel(tuple(mean), images.device)).div_(_per_channel(tuple(std), images.device))
-
-
-@functools.cache  # a tensor made on the device would make the host wait for every batch
-def _per_channel(values, device):
-    return torch.tensor(values, device=device).view(1, 3, 1, 1) * 255

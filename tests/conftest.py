@@ -1,9 +1,9 @@
 """Made-up people in the competition's layout, and the real commands as real processes."""
-import contextlib
 import importlib
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -16,42 +16,50 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ["incorrect_mask", "mask1", "mask2", "mask3", "mask4", "mask5", "normal"]
-# Flags of a run of seconds: the smallest EfficientNet there is on small photos, from scratch.
-FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24", "--crop", "0.9", "0.8",
-        "--batch_size", "16", "--device", "cpu", "--num_workers", "0"]
+# Flags of a run of seconds: the smallest EfficientNet of timm on small photos, from scratch.
+FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24",
+        "--crop", "0.9", "0.8", "--batch_size", "16", "--device", "cpu", "--num_workers", "0"]
 
-# The commands' processes are forked from a server that has imported them once: real processes, without seconds of imports each.
+# The commands' processes are forked from a server that has imported them once: they are real
+# processes, but do not need seconds of imports each.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ["OMP_NUM_THREADS"] = "1"
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["train", "inference", "f1", "ensemble", "torch.utils.tensorboard", "matplotlib.figure"])
+context.set_forkserver_preload(["train", "inference", "f1", "tools.ensemble",
+                                "torch.utils.tensorboard", "matplotlib.figure"])
 
 
 def docstring_backbone():
-    """The example of a backbone in model.py's docstring, as code."""
-    example = (ROOT / "model.py").read_text().split("by that name:\n\n")[1].split("\n\nThe default head")[0]
+    """Return the example of a backbone in model.py's docstring, as code."""
+    docstring = (ROOT / "model.py").read_text().split('"""')[1]
+    example = docstring.split("by that name:\n\n")[1].split("\n\nEvery timm model")[0]
     return "\n".join(line[4:] for line in example.splitlines())
 
 
 def make_people(n, seed=0):
-    """Folder names of n people of both genders and all ages."""
+    """Return folder names of n people of both genders and all ages."""
     rng = np.random.default_rng(seed)
     ages = [22, 45, 60]
-    return [f"{i:06d}_{['male', 'female'][i % 2]}_Asian_{ages[(i // 2) % 3] + rng.integers(0, 4)}" for i in range(1, n + 1)]
+    return [f"{i:06d}_{['male', 'female'][i % 2]}_Asian_{ages[(i // 2) % 3] + rng.integers(0, 4)}"
+            for i in range(1, n + 1)]
 
 
 def write_photo(path, label, rng, size=(24, 32)):
-    """A photo whose colours tell the class: mask at the bottom, gender at the top, age by brightness, and noise."""
+    """Write a photo whose colours tell the class, with noise.
+
+    The mask shows at the bottom, the gender at the top, and the age in the brightness.
+    """
     mask, gender, age = label // 6, label // 3 % 2, label % 3
     pixels = np.zeros((size[1], size[0], 3)) + 60 + 40 * age
     pixels[size[1] // 2:, :, mask] += 80
     pixels[:size[1] // 2, :, gender] += 80
-    Image.fromarray((pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)).save(path, quality=95)
+    pixels = (pixels + rng.normal(0, 12, pixels.shape)).clip(0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path, quality=95)
 
 
 def write_train(root, people, shots=SHOTS):
-    """A train part with these people; returns the root."""
-    from layout import GENDERS, MASK_OF_SHOT, age_band, encode
+    """Write a train part with these people; return the root."""
+    from core.labels import GENDERS, MASK_OF_SHOT, age_band, encode
     rng = np.random.default_rng(0)
     rows = []
     for person in people:
@@ -60,13 +68,15 @@ def write_train(root, people, shots=SHOTS):
         folder = root / "train" / "images" / person
         folder.mkdir(parents=True)
         for shot in shots:
-            write_photo(folder / f"{shot}.jpg", encode(MASK_OF_SHOT[shot], GENDERS.index(gender), int(age_band(int(age)))), rng)
-    pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"]).to_csv(root / "train" / "train.csv", index=False)
+            label = encode(MASK_OF_SHOT[shot], GENDERS.index(gender), int(age_band(int(age))))
+            write_photo(folder / f"{shot}.jpg", label, rng)
+    table = pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"])
+    table.to_csv(root / "train" / "train.csv", index=False)
     return root
 
 
 def write_eval(root, count=20):
-    """An eval part of `count` photos with answers.csv; returns the root."""
+    """Write an eval part of `count` photos with answers.csv; return the root."""
     rng = np.random.default_rng(1)
     (root / "eval" / "images").mkdir(parents=True)
     ids = [f"{i * 7919 % 9973:040x}.jpg" for i in range(count)]
@@ -86,14 +96,13 @@ def dataset(tmp_path_factory):
 
 @pytest.fixture
 def copy(dataset, tmp_path):
-    """The same dataset, to spoil."""
-    import shutil
+    """A copy of the dataset, which a test may damage."""
     return Path(shutil.copytree(dataset, tmp_path / "copy"))
 
 
 @pytest.fixture
 def command(tmp_path):
-    """Run a command in a process of its own: command("train", ...) -> returncode, stdout, stderr."""
+    """Run a command in its own process: command("train", ...) -> returncode, stdout, stderr."""
     return lambda name, *argv, cwd=tmp_path, **env: run_command(name, argv, cwd, env)
 
 
@@ -101,15 +110,17 @@ def command(tmp_path):
 def trained(dataset, tmp_path_factory):
     """A results folder with checkpoint-5 and checkpoint-9 of a small model."""
     folder = tmp_path_factory.mktemp("trained")
-    result = run_command("train", ["--data_dir", dataset, *FAST, "--epochs", "1", "--eval_steps", "5", "--lr", "3e-3"], folder, {})
+    flags = ["--data_dir", dataset, *FAST, "--epochs", "1", "--eval_steps", "5", "--lr", "3e-3"]
+    result = run_command("train", flags, folder, {})
     assert result.returncode == 0, result.stderr
     return folder / "results"
 
 
 def start_command(name, argv, cwd, env):
-    """(process, files of its stdout and stderr) of a command that goes on by itself."""
+    """Start a command; return (process, files of its stdout and stderr)."""
     logs = [Path(cwd) / f".{name}.{stream}" for stream in ("out", "err")]
-    process = context.Process(target=_child, args=(name, list(map(str, argv)), str(cwd), env, list(map(str, logs))))
+    args = (name, list(map(str, argv)), str(cwd), env, list(map(str, logs)))
+    process = context.Process(target=_child, args=args)
     process.start()
     return process, logs
 
@@ -136,7 +147,5 @@ def _child(name, argv, cwd, env, logs):
             os.dup2(file.fileno(), stream)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    from errors import run
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: (sys.stdout.flush(), sys.stderr.flush()))
-        run(lambda: importlib.import_module(name).main(argv))
+    from core.cli import run_cli
+    run_cli(lambda: importlib.import_module(name).main(argv))

@@ -1,3 +1,4 @@
+"""tools.ensemble: the weights of the members, and what it says about them."""
 import re
 
 import numpy as np
@@ -5,50 +6,64 @@ import pandas as pd
 import pytest
 from scipy.optimize import minimize_scalar
 
-from ensemble import mixture_weights
+from core.labels import PROBABILITIES
+from tools.ensemble import mixture_weights
 
 
 def write_member(folder, labels, people, sharpness, rng):
-    """Probabilities whose true class stands out by `sharpness`, in the form of train.py's validation."""
+    """Write a valid_predictions.csv as train.py does; return its probabilities (N, 18).
+
+    The logits are noise, plus `sharpness` for the true class.
+    """
     logits = rng.normal(size=(len(labels), 18))
     logits[np.arange(len(labels)), labels] += sharpness
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     folder.mkdir(parents=True)
     ids = [f"{i}.jpg" for i in range(len(labels))]
     table = pd.DataFrame({"ImageID": ids, "person": people, "label": labels, "ans": p.argmax(1)})
-    table.join(pd.DataFrame(p, columns=[f"p{i}" for i in range(18)])).to_csv(folder / "valid_predictions.csv", index=False)
+    table = table.join(pd.DataFrame(p, columns=PROBABILITIES))
+    table.to_csv(folder / "valid_predictions.csv", index=False)
     return p
 
 
-def test_weights_are_those_of_another_optimizer():
+def test_weights_agree_with_another_optimizer():
     likelihood = np.random.default_rng(0).beta(2, 2, (2, 500)) * [[1.0], [0.8]]
-    best = minimize_scalar(lambda w: -np.log(w * likelihood[0] + (1 - w) * likelihood[1]).sum(), bounds=(0, 1), method="bounded")
-    assert mixture_weights(likelihood) == pytest.approx([best.x, 1 - best.x], abs=1e-3)
-    # a member that is never better gets nothing
-    assert mixture_weights(np.stack([likelihood[0], 0.5 * likelihood[0]])) == pytest.approx([1, 0], abs=1e-6)
+
+    def log_loss(w):
+        return -np.log(w * likelihood[0] + (1 - w) * likelihood[1]).sum()
+
+    best = minimize_scalar(log_loss, bounds=(0, 1), method="bounded").x
+    assert mixture_weights(likelihood) == pytest.approx([best, 1 - best], abs=1e-3)
+    # A member that is never better gets no weight.
+    never_better = np.stack([likelihood[0], 0.5 * likelihood[0]])
+    assert mixture_weights(never_better) == pytest.approx([1, 0], abs=1e-6)
 
 
-def test_members_are_weighed_and_their_differences_reported(command, tmp_path):
+def test_output_has_weights_and_differences_and_the_inference_command(command, tmp_path):
     rng = np.random.default_rng(0)
     labels, people = np.tile(np.arange(18), 20), np.repeat([f"p{i}" for i in range(20)], 18)
     good = write_member(tmp_path / "good", labels, people, 3, rng)
     other = write_member(tmp_path / "other", labels, people, 2.5, rng)
-    result = command("ensemble", "good", "other")
+    result = command("tools.ensemble", "good", "other")
     assert result.returncode == 0, result.stderr
     assert "360 photos of 20 people" in result.stdout
     differ = (good.argmax(1) != other.argmax(1)).mean()
     assert re.search(rf"good +0\.0000 +{differ:.4f}", result.stdout)
-    weights = [float(x) for x in re.search(r"--model_dir good other --model_weights (.*)", result.stdout)[1].split()]
+    found = re.search(r"--model_dir good other --model_weights (.*)", result.stdout)[1]
+    weights = [float(weight) for weight in found.split()]
     assert sum(weights) == pytest.approx(1, abs=1e-3) and weights[0] > weights[1] > 0
     vote = np.tensordot(weights, [good, other], 1).argmax(1)
-    assert re.search(rf"good +\S+ +\S+ +\S+ +{(vote != good.argmax(1)).mean():.4f}", result.stdout)
+    differs = (vote != good.argmax(1)).mean()
+    assert re.search(rf"good +\S+ +\S+ +\S+ +{differs:.4f}", result.stdout)
 
 
 def test_members_must_have_held_out_the_same_photos(command, tmp_path):
-    rng, labels, people = np.random.default_rng(0), np.arange(18), np.repeat(["a", "b"], 9)
+    rng = np.random.default_rng(0)
+    labels, people = np.arange(18), np.repeat(["a", "b"], 9)
     write_member(tmp_path / "one/fold-0", labels, people, 3, rng)
     write_member(tmp_path / "two/fold-0", labels[:9], people[:9], 3, rng)
-    result = command("ensemble", "one", "two")
-    assert result.returncode == 2 and "two/fold-0: other photos were held out than by one/fold-0" in result.stderr
-    result = command("ensemble", "none")
+    result = command("tools.ensemble", "one", "two")
+    assert result.returncode == 2
+    assert "two/fold-0: other photos were held out than by one/fold-0" in result.stderr
+    result = command("tools.ensemble", "none")
     assert result.returncode == 2 and "none: no valid_predictions.csv" in result.stderr

@@ -1,4 +1,4 @@
-"""Runs that are killed or stopped at chosen instants, and end as if nothing had happened."""
+"""Runs that are killed or stopped at chosen moments, and end as if nothing had happened."""
 import os
 import re
 import shlex
@@ -10,28 +10,38 @@ from pathlib import Path
 import pytest
 from conftest import FAST, run_command, start_command
 
-from checkpoint import list_checkpoints
+from core.checkpoint import list_checkpoints
 
-# The default recipe, on a small network: 18 steps of two batches in two epochs of 9, evaluated in the middle of each.
-RUN = [*FAST, "--batch_size", "8", "--accumulation_steps", "2", "--epochs", "2", "--lr", "3e-3", "--eval_steps", "6",
-       "--patience", "3", "--log_interval", "1", "--valid_batch_size", "1"]
+# The default recipe on a small network: ceil(2 * 133 / 16) = 17 steps of two batches in two
+# passes. Neither the evaluations nor the end are at the end of a pass.
+RUN = [*FAST, "--batch_size", "8", "--accumulation_steps", "2", "--epochs", "2", "--lr", "3e-3",
+       "--eval_steps", "6", "--patience", "3", "--log_interval", "1", "--valid_batch_size", "1"]
 FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
 
 
 @pytest.fixture(scope="module")
 def whole(dataset, tmp_path_factory):
-    """The results folder of a run that nobody disturbed."""
+    """The results folder of a run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert run_command("train", ["--data_dir", dataset, *RUN], folder, {}).returncode == 0
     return folder / "results"
 
 
 def interrupt(dataset, cwd, number, *flags, line=None, entry=None):
-    """Start the run, and send it a signal once a line of its output, or an entry of its folder, is there; its exit code."""
+    """Start the run, and send it a signal as soon as its output has a line or its folder an entry.
+
+    Returns:
+        The exit code of the run.
+    """
     process, (stdout, _) = start_command("train", ["--data_dir", dataset, *RUN, *flags], cwd, {})
+
+    def is_reached():
+        if line:
+            return stdout.is_file() and re.search(line, stdout.read_text())
+        return os.path.exists(cwd / "results" / entry)
+
     try:
-        wait_for(process, lambda: (line and stdout.is_file() and re.search(line, stdout.read_text()))
-                 or (entry and os.path.exists(cwd / "results" / entry)))
+        wait_for(process, is_reached)
         os.kill(process.pid, number)
         process.join(120)
     finally:
@@ -39,97 +49,137 @@ def interrupt(dataset, cwd, number, *flags, line=None, entry=None):
     return process.exitcode
 
 
-def wait_for(process, has_come):
+def wait_for(process, is_reached):
     deadline = time.monotonic() + 120
-    while not has_come():
-        assert process.is_alive() and time.monotonic() < deadline, "the instant to interrupt never came"
+    while not is_reached():
+        assert process.is_alive(), "the run ended before the moment to interrupt it"
+        assert time.monotonic() < deadline, "the moment to interrupt never came"
         time.sleep(0.0002)
 
 
 def resume(dataset, cwd, whole, *flags):
-    """Go on to the end; the output, once the last checkpoint is byte for byte that of the undisturbed run."""
+    """Resume the run to its end, and compare it with the whole run byte for byte.
+
+    Returns:
+        Its output, stdout.
+    """
     result = run_command("train", ["--data_dir", dataset, *RUN, *flags, "--resume"], cwd, {})
     assert result.returncode == 0, result.stderr
     for name in FILES:
-        assert (cwd / "results/checkpoint-18" / name).read_bytes() == (whole / "checkpoint-18" / name).read_bytes(), name
+        last, expected = (folder / "checkpoint-17" / name for folder in (cwd / "results", whole))
+        assert last.read_bytes() == expected.read_bytes(), name
     assert (cwd / "results/log.jsonl").read_bytes() == (whole / "log.jsonl").read_bytes()
-    assert [folder.name for folder in list_checkpoints(cwd / "results")] == ["checkpoint-6", "checkpoint-12", "checkpoint-18"]
+    assert entries(cwd) == ["checkpoint-12", "checkpoint-17", "checkpoint-6"]
     return result.stdout
 
 
 def entries(cwd):
+    """Return the names of all checkpoint folders, finished or not, sorted as text."""
     return sorted(path.name for path in (cwd / "results").iterdir() if "checkpoint" in path.name)
 
 
 def test_killed_before_the_first_checkpoint(dataset, tmp_path, whole):
-    assert interrupt(dataset, tmp_path, signal.SIGKILL, line="step 3/18") == -signal.SIGKILL
+    assert interrupt(dataset, tmp_path, signal.SIGKILL, line="step 3/17") == -signal.SIGKILL
     assert entries(tmp_path) == []
     assert "starting from step 0" in resume(dataset, tmp_path, whole)
 
 
 def test_killed_while_a_checkpoint_is_written(dataset, tmp_path, whole):
-    assert interrupt(dataset, tmp_path, signal.SIGKILL, entry=".checkpoint-12.tmp") == -signal.SIGKILL
+    code = interrupt(dataset, tmp_path, signal.SIGKILL, entry=".checkpoint-12.tmp")
+    assert code == -signal.SIGKILL
     assert entries(tmp_path) == [".checkpoint-12.tmp", "checkpoint-6"]
     assert "resuming from results/checkpoint-6" in resume(dataset, tmp_path, whole)
-    assert ".checkpoint-12.tmp" not in entries(tmp_path)
 
 
 def test_killed_in_an_evaluation(dataset, tmp_path, whole):
-    assert interrupt(dataset, tmp_path, signal.SIGKILL, line="step 12/18") == -signal.SIGKILL
-    assert entries(tmp_path) == ["checkpoint-6"]  # the evaluation had begun, and nothing was written yet
-    resume(dataset, tmp_path, whole)
+    assert interrupt(dataset, tmp_path, signal.SIGKILL, line="step 12/17") == -signal.SIGKILL
+    assert entries(tmp_path) == ["checkpoint-6"]  # evaluation had begun; nothing was written yet
+    assert "resuming from results/checkpoint-6" in resume(dataset, tmp_path, whole)
 
 
 def test_killed_between_two_checkpoints_with_loader_processes(dataset, tmp_path, whole):
-    assert interrupt(dataset, tmp_path, signal.SIGKILL, "--num_workers", "2", line="step 15/18") == -signal.SIGKILL
+    code = interrupt(dataset, tmp_path, signal.SIGKILL, "--num_workers", "2", line="step 15/17")
+    assert code == -signal.SIGKILL
     assert entries(tmp_path) == ["checkpoint-12", "checkpoint-6"]
-    assert "resuming from results/checkpoint-12" in resume(dataset, tmp_path, whole, "--num_workers", "1")
+    out = resume(dataset, tmp_path, whole, "--num_workers", "1")
+    assert "resuming from results/checkpoint-12" in out
 
 
-def test_a_photo_deleted_or_a_loader_process_killed_ends_in_one_line(copy, tmp_path):
-    """The runs end by themselves, and what was written before stays and can be gone on with."""
+def test_a_deleted_photo_or_a_killed_loader_process_ends_in_one_line(copy, tmp_path):
+    """The runs end by themselves, and what was written before stays and can be resumed."""
     flags = ["--data_dir", copy, *RUN, "--epochs", "20", "--num_workers", "1"]
     process, (stdout, stderr) = start_command("train", flags, tmp_path, {})
-    wait_for(process, lambda: (tmp_path / "results/checkpoint-6").is_dir())
-    loader, *_ = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(loader), signal.SIGKILL)
+    wait_for(process, (tmp_path / "results/checkpoint-6").is_dir)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGKILL)
     process.join(120)
-    assert process.exitcode == 2 and stderr.read_text().splitlines()[-1].startswith("error: a loader process was killed")
+    assert process.exitcode == 2
+    assert stderr.read_text().splitlines()[-1].startswith("error: a loader process was killed")
+
     process, (stdout, stderr) = start_command("train", [*flags, "--resume"], tmp_path, {})
-    wait_for(process, lambda: stdout.is_file() and re.search(r"(?s)resuming.*step \d+/", stdout.read_text()))
+    wait_for(process, lambda: stdout.is_file()
+             and re.search(r"(?s)resuming.*step \d+/", stdout.read_text()))
     for photo in (copy / "train/images").glob("*/mask1.jpg"):
         photo.unlink()
     process.join(120)
-    assert process.exitcode == 2 and re.fullmatch(r"error: .*/mask1.jpg: no such file; .*", stderr.read_text().splitlines()[-1])
-    assert "resuming from results/checkpoint-" in stdout.read_text() and "checkpoint-6" in entries(tmp_path)
+    assert process.exitcode == 2
+    last_line = stderr.read_text().splitlines()[-1]
+    assert re.fullmatch(r"error: .*/mask1.jpg: no such file; .*", last_line)
+    assert "resuming from results/checkpoint-" in stdout.read_text()
+    assert "checkpoint-6" in entries(tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_writes_a_checkpoint_and_the_command_to_go_on(dataset, tmp_path, whole, number):
-    assert interrupt(dataset, tmp_path, number, "--num_workers", "1", line="step 2/18") == 128 + number
+def test_a_stop_signal_writes_a_checkpoint_and_gives_the_command_to_resume(dataset, tmp_path,
+                                                                           whole, number):
+    code = interrupt(dataset, tmp_path, number, "--num_workers", "1", line="step 2/17")
+    assert code == 128 + number
     (stopped,) = entries(tmp_path)
-    assert stopped != "checkpoint-6" and not (tmp_path / "results" / stopped / "valid_predictions.csv").exists()
+    assert stopped != "checkpoint-6"
+    assert not (tmp_path / "results" / stopped / "valid_predictions.csv").exists()
     out = (tmp_path / ".train.out").read_text()
-    offered = shlex.split(re.search(r"stopped at step \d+ of 18; go on with: python train.py (.*)", out)[1])
-    assert offered[-1] == "--resume" and f"resuming from results/{stopped}" in resume(dataset, tmp_path, whole, *offered[:-1])
+    given = re.search(r"stopped at step (\d+)/17; resume with: python train.py (.*)", out)
+    assert stopped == f"checkpoint-{given[1]}"
+    *flags, last = shlex.split(given[2])
+    assert last == "--resume"
+    assert f"resuming from results/{stopped}" in resume(dataset, tmp_path, whole, *flags)
 
 
-def test_a_damaged_checkpoint_is_named_set_aside_and_passed_over(dataset, tmp_path, whole):
-    shutil.copytree(whole, tmp_path / "results")
-    weights = tmp_path / "results/checkpoint-18/training_state.pt"
-    data = bytearray(weights.read_bytes())
+def flip_byte(path):
+    """Change one bit in the middle of a file."""
+    data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    weights.write_bytes(data)
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(("name", "damage"), [
+    ("training_state.pt", flip_byte), ("training_state.pt", cut),
+    ("training_state.pt", Path.unlink), ("model.safetensors", cut), ("trainer_state.json", cut)])
+def test_a_damaged_checkpoint_is_named_deleted_and_passed_over(dataset, tmp_path, whole, name,
+                                                               damage):
+    shutil.copytree(whole, tmp_path / "results")
+    folder = tmp_path / "results/checkpoint-17"
+    damage(folder / name)
+    (folder / "old.txt").write_text("")  # to see that the whole folder is deleted
     out = resume(dataset, tmp_path, whole)
-    assert "checkpoint-18/training_state.pt: damaged" in out and "resuming from results/checkpoint-12" in out
-    assert "damaged-checkpoint-18" in entries(tmp_path)
+    warning, = re.findall(r"warning: .*", out)
+    assert warning.startswith(f"warning: results/checkpoint-17/{name}: ")
+    assert "damaged" in warning or "incomplete" in warning
+    assert warning.endswith("; training writes it again")
+    assert "resuming from results/checkpoint-12" in out and not (folder / "old.txt").exists()
 
 
-def test_resuming_from_nothing_but_damaged_checkpoints_is_refused(dataset, tmp_path, whole):
+def test_resuming_is_refused_if_all_checkpoints_are_damaged(dataset, tmp_path, whole):
     shutil.copytree(whole, tmp_path / "results")
     before = entries(tmp_path)
-    for folder in list_checkpoints(tmp_path / "results"):
-        (folder / "SHA256SUMS").unlink()
+    for folder in list_checkpoints(tmp_path / "results")[-2:]:
+        cut(folder / "training_state.pt")  # older checkpoints do not have this file
     result = run_command("train", ["--data_dir", dataset, *RUN, "--resume"], tmp_path, {})
-    assert result.returncode == 2 and "no checkpoint in results is whole" in result.stderr and "--overwrite" in result.stderr
-    assert entries(tmp_path) == before
+    assert result.returncode == 2 and "no checkpoint in results is intact" in result.stderr
+    assert "results/checkpoint-17/training_state.pt: " in result.stderr
+    assert "--overwrite" in result.stderr and result.stderr.count("\n") == 1
+    assert entries(tmp_path) == before  # nothing is deleted

@@ -1,0 +1,180 @@
+"""Helpers for torchrun. In a single process nothing is communicated.
+
+    torchrun --nproc_per_node=8 train.py --batch_size 128 ...
+    torchrun --nproc_per_node=8 inference.py --model_dir=./results
+"""
+import contextlib
+import itertools
+import os
+import signal
+import time
+
+import torch
+import torch.distributed as dist
+
+from core.errors import InputError
+
+
+def init_distributed(device):
+    """Join torchrun's processes if it started this one; return this process's own device.
+
+    Raises:
+        InputError: for a --device with a number, or more processes than GPUs.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if device.index is not None:
+            raise InputError(f"--device {device}: torchrun gives each process its own GPU; pass "
+                             f"--device cuda")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            if device.index >= torch.cuda.device_count():
+                raise InputError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this "
+                                 f"machine has {torch.cuda.device_count()} GPUs; start at most "
+                                 f"one process per GPU")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return device
+
+
+def check_restarts(resume):
+    """Check torchrun's --max-restarts: the restarted command must continue the run.
+
+    Raises:
+        InputError: without --resume; or if several machines share torchrun's own store.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
+        return
+    if not resume:
+        raise InputError("torchrun --max-restarts starts the same command again: add --resume (it "
+                         "starts a new run if there is none), or pass --max-restarts=0")
+    # torchrun counts restarts on each machine by itself, and processes with different counts
+    # wait for each other in its shared store. A new store for each start avoids that.
+    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and shares_store:
+        raise InputError("torchrun --max-restarts on several machines needs "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun; "
+                         "export it on every machine, or pass --max-restarts=0")
+
+
+def check_shares(batch_size, criterion):
+    """Check that several processes can take equal shares of a batch; InputError if not."""
+    processes = world_size()
+    if batch_size % processes:
+        raise InputError(f"--batch_size {batch_size}: {processes} processes cannot take equal "
+                         f"shares of it; pass a multiple of {processes}")
+    for loss in criterion.modules() if processes > 1 else []:
+        if not getattr(loss, "is_mean_over_photos", True):
+            raise InputError(f"--criterion: {type(loss).__name__} of a batch is not the mean of "
+                             f"its shares, so several processes cannot compute it; pass another "
+                             f"--criterion, or use one process")
+
+
+def cleanup():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    """Return the number of this process. Process 0 prints and writes files."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def launcher():
+    """Return the start of the command line of these processes: "python" or "torchrun ..."."""
+    if world_size() == 1:
+        return "python"
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
+    nnodes = f"--nnodes={nodes} " if nodes > 1 else ""
+    return f"torchrun {nnodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+
+
+@contextlib.contextmanager
+def main_process_first():
+    """Let process 0 run the block before the others do."""
+    if dist.is_initialized() and rank():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not rank():
+        dist.barrier()
+
+
+def all_gather_object(value):
+    """Return the list of the picklable values of all processes."""
+    values = [value]
+    if dist.is_initialized():
+        values *= world_size()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_mean(tensor):
+    """Replace a tensor by its mean over the processes; return it."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def broadcast_model(model):
+    """Copy process 0's weights and buffers to all. Batch-norm statistics differ until then."""
+    if dist.is_initialized():
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, 0)
+
+
+def gather_in_order(items):
+    """Return the items of all processes in their original order.
+
+    Process r has items r, r + world_size, r + 2 * world_size, ...
+    """
+    rows = itertools.zip_longest(*all_gather_object(items))
+    return [item for row in rows for item in row if item is not None]
+
+
+def wrap_ddp(model):
+    """Wrap a model so that backward averages the gradients over the processes."""
+    if not dist.is_initialized():
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def no_sync(model, active):
+    """Return a context that skips the averaging of gradients while `active`."""
+    return model.no_sync() if dist.is_initialized() and active else contextlib.nullcontext()
+
+
+class StopSignals:
+    """Remembers Ctrl-C and SIGTERM, so that training can stop after a whole step.
+
+    A second signal stops the process at once. Signals within one second count as one: a terminal
+    or scheduler signals all processes, and torchrun then signals its own.
+    """
+
+    def __init__(self):
+        self.received, self.time = 0, 0.0
+        self.previous = {number: signal.signal(number, self._handle)
+                         for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _handle(self, number, frame):
+        if self.received:
+            if time.monotonic() > self.time + 1:
+                signal.signal(number, self.previous[number])
+                os.kill(os.getpid(), number)
+            return
+        self.received, self.time = number, time.monotonic()
+        # print is not safe in a signal handler
+        os.write(2, b"\nstopping soon with a checkpoint; a second signal stops at once\n")
+
+    def poll(self, step, interval):
+        """Return 0, or the signal that any process has received.
+
+        Several processes ask each other only every `interval` steps.
+        """
+        if world_size() == 1:
+            return self.received
+        return max(all_gather_object(self.received)) if step % interval == 0 else 0

@@ -1,0 +1,83 @@
+"""Figures: a confusion matrix, and sheets of photos with captions."""
+import math
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from core.images import read_image
+from core.labels import CLASS_NAMES, PROBABILITIES
+
+
+def save_confusion_matrix(labels, predictions, path):
+    """Write a PNG of the 18 x 18 confusion matrix; each row is divided by its sum."""
+    # Slow to import, and needed only at the end of a run.
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
+
+    figure = Figure(figsize=(10, 10), dpi=90)
+    axes = figure.add_axes((0.23, 0.23, 0.76, 0.76))
+    ConfusionMatrixDisplay.from_predictions(
+        labels, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES,
+        normalize="true", xticks_rotation="vertical", values_format=".2f", cmap="Blues", ax=axes,
+        colorbar=False, text_kw={"fontsize": 7})
+    figure.savefig(path)
+
+
+def save_photo_sheet(images, captions, path, columns=6, height=192):
+    """Write a PNG of photos in a grid, each below its caption.
+
+    Args:
+        images: uint8 arrays (H, W, 3).
+        captions: one string per photo, of one or more lines.
+        path: the PNG to write.
+        columns: photos per row.
+        height: height of each photo in pixels; the aspect ratio is kept.
+    """
+    images = [Image.fromarray(image) for image in images]
+    # The widest photo or caption sets the width of all cells.
+    font = ImageFont.load_default(size=11)
+    widths = [round(height * image.width / image.height) for image in images]
+    lines = [line for caption in captions for line in caption.split("\n")]
+    cell_width = max(widths + [int(font.getlength(line)) + 4 for line in lines])
+    text_height = 15 * max(caption.count("\n") + 1 for caption in captions) + 3
+    # A white sheet with one cell per photo: caption above, photo below.
+    cell_height = height + text_height + 6
+    rows = math.ceil(len(images) / columns)
+    sheet_size = (min(columns, len(images)) * (cell_width + 6), rows * cell_height)
+    sheet = Image.new("RGB", sheet_size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = i % columns * (cell_width + 6), i // columns * cell_height
+        draw.multiline_text((left + 2, top), caption, fill="black", font=font, spacing=2)
+        sheet.paste(image.resize((widths[i], height), reducing_gap=2.0), (left, top + text_height))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def save_inputs_sheet(dataset, sampler, path, count=24):
+    """Write a sheet of the first augmented training inputs."""
+    num_batches = math.ceil(count / sampler.batch_size)
+    items = [item for k in range(num_batches) for item in sampler.batch(k)][:count]
+    images, targets = zip(*(dataset[item] for item in items), strict=True)
+    names = [CLASS_NAMES[target.argmax()] for target in targets]
+    save_photo_sheet([image.numpy() for image in images], names, path)
+
+
+def save_mistakes_sheet(predictions, paths, path, count=24):
+    """Write a sheet of the photos whose true class got the lowest probability.
+
+    Args:
+        predictions: table with label, ans and p0..p17, one row per photo.
+        paths: the paths of those photos.
+        path: the PNG to write.
+    """
+    labels, answers = predictions.label.to_numpy(), predictions["ans"].to_numpy()
+    probabilities = predictions[PROBABILITIES].to_numpy()
+    # Of the wrong predictions, those with the lowest probability of the true class.
+    wrong = np.flatnonzero(labels != answers)
+    worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:count]
+    captions = [f"true: {CLASS_NAMES[labels[i]]}\npredicted: {CLASS_NAMES[answers[i]]}"
+                for i in worst]
+    if captions:
+        save_photo_sheet([read_image(paths[i]) for i in worst], captions, path)

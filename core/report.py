@@ -1,0 +1,145 @@
+"""What a training run prints and writes for people: log lines, TensorBoard, figures."""
+import json
+import logging
+import shlex
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from core import distributed
+from core.checkpoint import find_checkpoint, step_of
+from core.labels import CLASS_NAMES, NUM_CLASSES
+from core.plots import save_confusion_matrix, save_mistakes_sheet
+
+log = logging.getLogger("mask")
+
+VALID_METRICS = ("log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1")
+
+
+def describe_data(train_photos, valid_photos, class_weight):
+    """Log the size of training and validation, the class counts and the class weights."""
+    for name, photos in [("training", train_photos), ("validation", valid_photos)]:
+        log.info(f"{name}: {photos.person.nunique()} people, {len(photos)} photos")
+    counts = np.bincount(train_photos.label, minlength=NUM_CLASSES)
+    log.info(f"class counts: {' '.join(map(str, counts))}")
+    if class_weight is not None:
+        log.info(f"class weights: {' '.join(f'{w:.2f}' for w in class_weight.tolist())}")
+    if (counts == 0).any():
+        missing = ", ".join(CLASS_NAMES[label] for label in np.flatnonzero(counts == 0))
+        log.warning(f"warning: no training photo of {missing}")
+
+
+def describe_run(args, model, device, total_steps):
+    """Log what the flags mean for this run."""
+    parameters = sum(p.numel() for p in model.parameters())
+    log.info(f"model: {args.model}, {parameters / 1e6:.1f} M parameters, weights {args.weights}, "
+             f"input {args.resize[0]} x {args.resize[1]} (height x width)")
+    processes = distributed.world_size()
+    shared = f", shared by {processes} processes" if processes > 1 else ""
+    log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos{shared} "
+             f"({args.epochs} epochs), evaluation every {args.eval_steps}")
+    log.info(f"device: {device}, results in {args.output_dir}")
+
+
+class Reporter:
+    """Progress bar, log lines and TensorBoard of a run. In all processes but 0 it does nothing.
+
+    Args:
+        output_dir: the results folder.
+        state: the `TrainerState`, which the training loop updates.
+        total_steps: steps of the whole run.
+        photos_per_step: photos of one optimizer step, of all processes together.
+    """
+
+    def __init__(self, output_dir, state, total_steps, photos_per_step):
+        self.output_dir, self.state, self.total_steps = output_dir, state, total_steps
+        self.photos_per_step = photos_per_step
+        self.is_main = distributed.rank() == 0
+        # disable=None: a bar on a terminal, log lines elsewhere
+        self.progress = tqdm(total=total_steps, initial=state.step, unit="step", desc="train",
+                             disable=None if self.is_main else True)
+        self.writer = None
+        if self.is_main:
+            # Slow to import: errors in flags or data come first.
+            from torch.utils.tensorboard import SummaryWriter
+            purge_step = state.step + 1 if state.step else None
+            self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Start measuring the training speed from here."""
+        self.clock_step, self.clock_time = self.state.step, time.perf_counter()
+
+    def log_step(self, loss, lr):
+        """Report the mean loss since the last call, the learning rate and the speed."""
+        step, seconds = self.state.step, time.perf_counter() - self.clock_time
+        speed = (step - self.clock_step) * self.photos_per_step / seconds
+        self.restart_clock()
+        if not self.is_main:
+            return
+        for name, value in [("loss", loss), ("learning_rate", lr), ("images_per_second", speed)]:
+            self.writer.add_scalar(f"train/{name}", value, step)
+        if self.progress.disable:
+            log.info(f"step {step}/{self.total_steps}  loss {loss:.4f}  lr {lr:.3g}  "
+                     f"{speed:.1f} images/s")
+        else:
+            self.progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s")
+
+    def log_evaluation(self, folder):
+        """Report the newest evaluation: a log line, TensorBoard, and log.jsonl."""
+        self.restart_clock()
+        if not self.is_main:
+            return
+        self._write_log()
+        metrics = self.state.history[-1]
+        step = metrics["step"]
+        self.writer.add_scalar("train/mean_loss", metrics["train_loss"], step)
+        line = f"step {step}  train loss {metrics['train_loss']:.4f}"
+        if "macro_f1" in metrics:
+            for name in VALID_METRICS:
+                line += f"  {name.replace('_', ' ')} {metrics[name]:.4f}"
+                self.writer.add_scalar(f"valid/{name}", metrics[name], step)
+            for name, value in zip(CLASS_NAMES, metrics["class_f1"], strict=True):
+                self.writer.add_scalar(f"class_f1/{name}", value, step)
+        self.progress.clear()
+        log.info(f"{line}  -> {folder}")
+
+    def close(self):
+        self.progress.close()
+        if self.is_main:
+            self.writer.close()
+
+    def _write_log(self):
+        # The whole file: a resumed run has no lines of steps that were lost.
+        lines = "".join(json.dumps(metrics) + "\n" for metrics in self.state.history)
+        (self.output_dir / "log.jsonl").write_text(lines)
+
+    def log_result(self, valid_photos, summarize):
+        """Report the best checkpoint: its score with interval, its figures, and the next command.
+
+        Args:
+            valid_photos: the table of the validation photos, maybe empty.
+            summarize: function of (labels, predictions, people) that returns macro F1 and the
+                bounds of its 95 % interval.
+        """
+        if not self.is_main:
+            return
+        best = find_checkpoint(self.output_dir)
+        self._write_log()
+        if len(valid_photos):
+            table = pd.read_csv(shutil.copy(best / "valid_predictions.csv", self.output_dir))
+            labels, answers = table.label.to_numpy(), table["ans"].to_numpy()
+            score, low, high = summarize(labels, answers, table.person)
+            log.info(f"best macro F1 {score:.4f} at step {step_of(best)}, the best of "
+                     f"{len(self.state.history)} evaluations on {len(labels)} photos of "
+                     f"{table.person.nunique()} people (95 % interval over people {low:.4f} .. "
+                     f"{high:.4f}; choosing the best makes it a little too high)")
+            save_confusion_matrix(labels, answers, self.output_dir / "confusion_matrix.png")
+            save_mistakes_sheet(table, valid_photos.path, self.output_dir / "worst_mistakes.png")
+        else:
+            log.info(f"trained on everyone, without validation, for {self.state.step} steps")
+        path = str(best) if best.is_absolute() else f"./{best}"
+        log.info(f"next: python inference.py --model_dir={shlex.quote(path)}")

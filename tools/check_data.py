@@ -1,0 +1,87 @@
+"""Check every photo of a dataset: which cannot be decoded, which occur twice, what there is.
+
+    python -m tools.check_data DIR     # exit status 0: no problem, 1: problems, 2: cannot be read
+"""
+import logging
+import sys
+
+import numpy as np
+import pandas as pd
+
+from core.cli import ArgumentParser, run_cli
+from core.images import check_images
+from core.labels import CLASS_NAMES, NUM_CLASSES
+from core.layout import find_part, list_images, read_eval, read_train
+
+log = logging.getLogger("mask")
+
+
+def main(argv=None):
+    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
+    log.setLevel(logging.INFO)
+    photos = read_parts(parse_args(argv).data_dir)
+    photos = photos.join(check_images(photos.path))
+    print(describe(photos))
+    bad, repeated = photos[photos.error != ""], find_repeated(photos)
+    for line in [*bad.error, *repeated]:
+        print(line)
+    print(f"{len(photos)} photos: {len(bad)} cannot be decoded, {len(repeated)} occur again with "
+          f"another person or part")
+    if len(bad) or repeated:
+        sys.exit(1)
+
+
+def read_parts(data_dir):
+    """Return the photos of the train and eval parts, or of any folder.
+
+    Returns:
+        DataFrame with part and path, and for the train part person and label.
+    """
+    parts = {}
+    if find_part(data_dir, "train"):
+        parts["train"] = read_train(data_dir)[["path", "person", "label"]]
+    if find_part(data_dir, "eval"):
+        parts["eval"] = read_eval(data_dir, require_all=False)[["path"]]
+    if not parts:
+        parts["photos"] = list_images([data_dir])[["path"]]
+    return pd.concat([table.assign(part=part) for part, table in parts.items()],
+                     ignore_index=True)
+
+
+def find_repeated(photos):
+    """Return a line for each photo whose pixels occur before with another person or part."""
+    first, lines = {}, []
+    for photo in photos[photos.digest != ""].itertuples():
+        before = first.setdefault(photo.digest, photo)
+        other_person = photo.part == "train" and before.person != photo.person
+        if before.part != photo.part or other_person:
+            lines.append(f"{photo.path}: the same photo as {before.path}")
+    return lines
+
+
+def describe(photos):
+    """Return the counts of people, photos, sizes, modes and classes, one line each."""
+    lines = []
+    for part, table in photos.groupby("part", sort=False):
+        people = f" of {table.person.nunique()} people" if part == "train" else ""
+        lines.append(f"{part}: {len(table)} photos{people}")
+    for column in ["size", "mode"]:
+        counts = photos[column].value_counts()
+        shown = ", ".join(f"{name} ({count})" for name, count in counts.head(8).items())
+        others = f" and {len(counts) - 8} others" if len(counts) > 8 else ""
+        lines.append(f"{column}s: {shown}{others}")
+    if "label" in photos:
+        counts = np.bincount(photos.label.dropna().astype(int), minlength=NUM_CLASSES)
+        lines += [f"class {label:2d} {name:<26s} {counts[label]:6d}"
+                  for label, name in enumerate(CLASS_NAMES)]
+    return "\n".join(lines)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(prog="python -m tools.check_data", description=__doc__.splitlines()[0])
+    parser.add_argument("data_dir", help="dataset with a train or eval part, or any photo folder")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,137 @@
+"""Find the weights of an ensemble's members on the photos that they held out.
+
+    python -m tools.ensemble results/b4 results/vgg11    # each a run, or a folder with fold-*
+
+Shows how much the members differ, and prints the inference command with the weights.
+"""
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from core.cli import ArgumentParser, run_cli
+from core.errors import InputError
+from core.labels import PROBABILITIES
+from f1 import bootstrap_interval, macro_f1, read_pooled
+
+
+def main(argv=None):
+    members = parse_args(argv).members
+    runs = [find_runs(member) for member in members]
+    truth, probabilities = read_members(runs)
+    labels, people = truth.label.to_numpy(), truth.person.to_numpy()
+    likelihood = probabilities[:, np.arange(len(labels)), labels]
+    weights = mixture_weights(likelihood)
+    vote = np.tensordot(weights, probabilities, 1).argmax(axis=1)
+    answers = probabilities.argmax(axis=2)
+    scores = [macro_f1(labels, answer) for answer in answers]
+
+    # Each member by itself, and how much the members differ.
+    print(f"{len(labels)} photos of {len(set(people))} people, held out by every member")
+    print(pd.DataFrame({
+        "member": members, "weight": weights, "macro F1": scores,
+        "log loss": -np.log(np.maximum(likelihood, 1e-12)).mean(axis=1),
+        "differs from the vote": (answers != vote).mean(axis=1),
+    }).to_string(index=False, float_format="{:.4f}".format))
+    differ = pd.DataFrame([[(a != b).mean() for b in answers] for a in answers], members, members)
+    print(f"\nfraction of the photos on which two members differ\n"
+          f"{differ.to_string(float_format='{:.4f}'.format)}\n")
+
+    # The vote, compared with the best member on the same people.
+    best = answers[np.argmax(scores)]
+    cross_fitted = cross_fitted_vote(probabilities, labels, people)
+    for name, predictions in [
+        ("equal weights", probabilities.mean(axis=0).argmax(axis=1)),
+        ("these weights, fitted without the people they are scored on", cross_fitted),
+    ]:
+        low, high = bootstrap_interval(labels, predictions, people, best)
+        score = macro_f1(labels, predictions)
+        print(f"{name}: macro F1 {score:.4f}, {score - max(scores):+.4f} against the best member "
+              f"({low:+.4f} .. {high:+.4f})")
+    # The folds of a member share its weight.
+    folders = [shlex.quote(str(folder)) for folders in runs for folder in folders]
+    shares = [f"{weight / len(folders):.4f}"
+              for weight, folders in zip(weights, runs, strict=True) for _ in folders]
+    print(f"next: python inference.py --model_dir {' '.join(folders)} "
+          f"--model_weights {' '.join(shares)}")
+
+
+def mixture_weights(likelihood, num_steps=1000):
+    """Return the weights (K,) of the members' mean that makes the true classes most likely.
+
+    They are >= 0 and sum to 1. This is stacking of densities (Smyth & Wolpert 1999), by
+    expectation maximization (Dempster et al. 1977); the likelihood is concave in the weights.
+
+    Args:
+        likelihood: (K, N) probability of the true class of each photo by each member.
+    """
+    likelihood = np.maximum(likelihood, 1e-12)
+    weights = np.full(len(likelihood), 1 / len(likelihood))
+    for _ in range(num_steps):
+        # E step: each member's share in explaining a photo. M step: the mean of the shares.
+        shares = weights[:, None] * likelihood
+        weights = (shares / shares.sum(axis=0)).mean(axis=1)
+    return weights
+
+
+def cross_fitted_vote(probabilities, labels, people, num_groups=5):
+    """Return the classes (N,) of the weighted vote; weights for each fifth of the people are
+    fitted on the other people.
+    """
+    group = np.unique(people, return_inverse=True)[1] % num_groups
+    answers = np.empty(len(labels), dtype=int)
+    for k in range(num_groups):
+        rest = np.flatnonzero(group != k)
+        weights = mixture_weights(probabilities[:, rest, labels[rest]])
+        answers[group == k] = np.tensordot(weights, probabilities[:, group == k], 1).argmax(axis=1)
+    return answers
+
+
+def find_runs(folder):
+    """Return the results folders of a member: the folder itself, or the fold-* in it.
+
+    Raises:
+        InputError: if there is none.
+    """
+    folder = Path(folder)
+    is_run = (folder / "valid_predictions.csv").is_file()
+    runs = [folder] if is_run else sorted(folder.glob("fold-*"))
+    if not runs:
+        raise InputError(f"{folder}: no valid_predictions.csv and no fold-* in it; expected the "
+                         f"results folder of a run with validation")
+    return runs
+
+
+def read_members(runs):
+    """Return the held-out photos and every member's probabilities for them.
+
+    Args:
+        runs: for each of K members the list of its results folders.
+
+    Returns:
+        (table with label and person, probabilities (K, N, 18)), photos in the same order.
+
+    Raises:
+        InputError: if the members held out different photos.
+    """
+    tables = [read_pooled(folders, PROBABILITIES) for folders in runs]
+    first = tables[0]
+    for folders, table in zip(runs, tables, strict=True):
+        if set(table.index) != set(first.index):
+            raise InputError(f"{folders[0]}: other photos were held out than by {runs[0][0]}; "
+                             f"expected members with the same data, --seed and --n_folds or "
+                             f"--val_ratio")
+    probabilities = [table[PROBABILITIES].reindex(first.index).astype(float) for table in tables]
+    return first, np.stack(probabilities)
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser(prog="python -m tools.ensemble", description=__doc__.splitlines()[0])
+    parser.add_argument("members", nargs="+",
+                        help="results folders, or folders that hold the fold-* of a recipe")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run_cli(main)
