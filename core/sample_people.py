@@ -42,6 +42,7 @@ def invent_person(rng, female, group):
     palette = (DARK_HAIR, LIGHT_HAIR, GREY_HAIR)[rng.choice(3, p=odds)]
     hair = vary(rng, palette[rng.integers(len(palette))], 10)
 
+    # The hair behind the face, then everything else.
     back = (0.02, 0.38, 0.6) if female else (0.98, 0.01, 0.01)
     return SimpleNamespace(
         age=age, wrinkles=wrinkles, skin=skin, hair=hair, brow=mix(hair, INK, 0.35),
@@ -52,7 +53,8 @@ def invent_person(rng, female, group):
         jaw=rng.normal(0.78 if female else 0.98, 0.05),
         chin=rng.normal(0.8 if female else 1.2, 0.09),
         neck=rng.normal(0.46 if female else 0.7, 0.05), shoulders=2.0 if female else 2.45,
-        brow_width=rng.normal(0.05 if female else 0.15, 0.012), lashes=0.075 if female else 0.035,
+        brow_width=rng.normal(0.05 if female else 0.15, 0.012),
+        lid_width=0.075 if female else 0.035,
         lips=vary(rng, (196, 54, 76), 24) if female else mix(skin, (150, 60, 60), 0.4),
         lip_height=rng.normal(0.12 if female else 0.055, 0.01),
         eye=rng.uniform(0.92, 1.12) * (1.1 if female else 0.95))
@@ -235,13 +237,13 @@ def draw_eyes(pen, person):
     for side in (-1, 1):
         def at(*points, side=side):
             return [(side * x, y) for x, y in points]
-        # White, iris and pupil, upper lid, lashes, eyebrow.
+        # White, iris and pupil, upper lid, eyebrow.
         pen.fill(at((0.2, 0.02), (0.42, -height), (0.65, 0), (0.43, height * 0.8)),
                  (248, 246, 242))
         pen.dot((side * 0.43, 0), 0.1 * person.eye, (60, 44, 34))
         pen.dot((side * 0.43, 0), 0.05, (12, 10, 12))
         pen.line(at((0.18, 0.03), (0.42, -height - 0.01), (0.67, 0)), INK,
-                 person.lashes)
+                 person.lid_width)
         pen.line(at((0.18, -0.29), (0.48, -0.35), (0.74, -0.27)), person.brow,
                  max(0.04, person.brow_width))
 
