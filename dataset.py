@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from core import distributed
+from core.cli import STOP_SIGNALS
 from core.errors import InputError
 from core.images import read_image
 from core.labels import AGES
@@ -316,5 +317,5 @@ def _create_loader(dataset, batches, num_workers, device):
 def _ignore_stop_signals(worker_id):
     # Ctrl-C reaches the loader processes, too, but the training process still needs them until
     # the end of its step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -16,7 +16,7 @@ import pandas as pd
 from core.cli import ArgumentParser, run_cli
 from core.errors import InputError
 from core.labels import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode
-from core.layout import read_table
+from core.tables import read_table
 
 ATTRIBUTES = {"mask": MASKS, "gender": GENDERS, "age": AGES}
 
@@ -209,9 +209,9 @@ def read_pooled(paths, columns=()):
 def _classes_as_int(table, column, path):
     wrong = ~table[column].isin([str(label) for label in range(NUM_CLASSES)])
     if wrong.any():
-        row = table[wrong].iloc[0]
-        raise InputError(f"{path}: {column} {row[column]!r} of {row.ImageID} is not valid; "
-                         f"expected an integer 0..{NUM_CLASSES - 1}")
+        row, line = table[wrong].iloc[0], table.index[wrong][0]
+        raise InputError(f"{path}, line {line}: {column} {row[column]!r} of {row.ImageID} is not "
+                         f"valid; expected an integer 0..{NUM_CLASSES - 1}")
     return table.assign(**{column: table[column].astype(int)})
 
 

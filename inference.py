@@ -17,10 +17,11 @@ import torch
 
 from core import distributed
 from core.checkpoint import find_checkpoint, read_config
-from core.cli import ArgumentParser, in_range, run_cli
+from core.cli import ArgumentParser, in_range, restores_process, run_cli, script
 from core.device import choose_device, choose_workers, configure_backend
 from core.errors import InputError
-from core.files import write_atomically
+from core.files import check_output, write_atomically
+from core.images import drop_bad_images
 from core.labels import (
     AGES,
     CLASS_NAMES,
@@ -30,13 +31,14 @@ from core.labels import (
     PROBABILITIES,
     decode,
 )
-from core.layout import find_part, list_images, read_eval
+from core.layout import find_part, is_train_part, list_images, read_eval
 from core.onnx_model import export_onnx, has_current_onnx, onnx_predictor
 from core.prediction import Normalize, predict, torch_predictor
 from dataset import CropResize, MaskDataset, create_eval_loader
 from model import load_model
 
 
+@restores_process
 def main(argv=None):
     args = parse_args(argv)
     device = distributed.init_distributed(choose_device(args.device))
@@ -50,6 +52,14 @@ def main(argv=None):
     photos, data_dir, is_eval = choose_photos(args.data_dir, configs, checkpoints)
     output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
     check_output(output, args.save_probs)
+    all_photos = photos
+    if args.on_bad_image == "skip":
+        if is_eval:
+            raise InputError("--on_bad_image skip: a submission needs all rows of the eval part; "
+                             "restore the photo, or pass other photos with --data_dir")
+        photos = drop_bad_images(photos)
+        if photos.empty:
+            raise InputError(f"{data_dir}: none of its photos can be decoded")
     predictors = [create_predictor(checkpoint, args.engine, args.amp, device)
                   for checkpoint in checkpoints]
     if is_main:
@@ -70,25 +80,39 @@ def main(argv=None):
     if not is_main:
         return
 
-    # The weighted mean, as csv files and a summary.
+    # The weighted mean. The files are written before anything is printed about them.
     probabilities = np.tensordot(weights / weights.sum(), member_probs, 1)
     check_finite(probabilities, photos)
     predictions = probabilities.argmax(axis=1)
-    table = pd.DataFrame({"ImageID": photos.ImageID, "ans": predictions})
+    table = pd.DataFrame({"ans": predictions})
     if not is_eval:
         table = table.join(readable_columns(probabilities, predictions))
-        print(table.head(10).to_string(index=False))
-    print(histogram(predictions, configs[0].get("class_counts")))
+    tables = {output: table}
     if args.save_probs:
-        columns = pd.DataFrame(probabilities, columns=PROBABILITIES)
-        write_csv(pd.concat([photos[["ImageID"]], columns], axis=1), args.save_probs)
-        print(f"wrote {args.save_probs}: the 18 probabilities of each photo")
-    write_csv(table, output)
-    print(f"wrote {output}: {len(table)} rows")
+        tables[args.save_probs] = pd.DataFrame(probabilities, columns=PROBABILITIES)
+    for path, table in tables.items():
+        # A photo that was skipped keeps its row, without values.
+        table = table.set_index(photos.path).reindex(all_photos.path).reset_index(drop=True)
+        if "ans" in table:
+            table["ans"] = table["ans"].astype("Int64")
+        table.insert(0, "ImageID", all_photos.ImageID)
+        with write_atomically(path) as temporary:
+            table.to_csv(temporary, index=False)
+        tables[path] = table
+    if not is_eval:
+        print(tables[output].head(10).to_string(index=False))
+    print(histogram(predictions, configs[0].get("class_counts")))
+    skipped = len(all_photos) - len(photos)
+    if skipped:
+        print(f"photos without a prediction: {skipped} of {len(all_photos)}")
+    for path in reversed(tables):
+        print(f"wrote {path}: {len(all_photos)} rows")
     answers = Path(data_dir) / "answers.csv"
     if is_eval and answers.is_file():
-        paths = shlex.join([str(output), os.path.relpath(answers)])
-        print(f"score it: python f1.py {paths}")
+        # "./": a name may begin with "-"
+        paths = shlex.join([os.path.join(os.curdir, path) if path.startswith("-") else path
+                            for path in (str(output), os.path.relpath(answers))])
+        print(f"score it: {script('f1.py')} {paths}")
 
 
 def create_predictor(checkpoint, engine, amp, device):
@@ -145,7 +169,8 @@ def choose_photos(data_dir, configs, checkpoints):
                              f"there; pass --data_dir")
         return read_eval(folder), folder, True
     # A dataset has an eval part; anything else is a list of photos.
-    if len(data_dir) == 1 and (folder := find_part(data_dir[0], "eval")):
+    if len(data_dir) == 1 and not is_train_part(data_dir[0]) and (
+            folder := find_part(data_dir[0], "eval")):
         return read_eval(folder), folder, True
     return list_images(data_dir), data_dir[0], False
 
@@ -193,21 +218,6 @@ def histogram(predictions, training_counts):
     return "\n".join(lines)
 
 
-def check_output(*paths):
-    """InputError, before the work, for an output file that cannot be written."""
-    for path in filter(None, paths):
-        folder = Path(path).resolve().parent
-        if Path(path).is_dir():
-            raise InputError(f"{path}: is a folder; expected the name of a csv file to write")
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"{path}: its folder does not exist, or is read-only; choose another")
-
-
-def write_csv(table, path):
-    with write_atomically(path) as temporary:
-        table.to_csv(temporary, index=False)
-
-
 def parse_args(argv=None):
     parser = ArgumentParser(description=__doc__.splitlines()[0])
 
@@ -222,6 +232,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", nargs="+",
         help="dataset, photo folders or photos (default: the eval part of the training data)")
+    add("--on_bad_image", choices=["error", "skip"], default="error",
+        help="skip: leave the row of a photo that cannot be decoded empty (not for an eval part)")
     add("--output", help="csv file to write (default: submission.csv for an eval part, "
                          "predictions.csv for other photos)")
     add("--save_probs", metavar="CSV", help="also write the 18 probabilities of each photo")
@@ -231,8 +243,6 @@ def parse_args(argv=None):
     parser.add_machine_flags()
 
     args = parser.parse_args(argv)
-    if "" in (args.data_dir or []):
-        raise InputError("--data_dir: is empty; expected a dataset, photo folders or photos")
     if args.engine == "onnxruntime":
         if args.device not in ("auto", "cpu") or args.amp:
             raise InputError("--engine onnxruntime predicts on the CPU in full precision; pass "

@@ -4,7 +4,7 @@ To add one, write a function that returns any `nn.Module` from normalized photos
 (B, num_classes) logits, and add it to MODELS. `--model tiny_cnn --weights none` then trains it,
 and inference finds it by that name:
 
-    def tiny_cnn(num_classes, **kwargs):
+    def tiny_cnn(num_classes):
         return nn.Sequential(
             nn.Conv2d(3, 32, 3, stride=2), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes))
@@ -14,10 +14,11 @@ and inference finds it by that name:
 Every timm model works by its name, without an entry here.
 """
 import difflib
+import inspect
+import shlex
 from functools import partial
 from pathlib import Path
 
-import huggingface_hub
 import timm
 import torch
 from torch import nn
@@ -25,10 +26,10 @@ from torch import nn
 from core.checkpoint import model_args, read_config, read_weights
 from core.errors import InputError, as_one_line
 from core.labels import NUM_CLASSES
-from core.weights import is_reachable, load_weights
+from core.weights import find_damaged_download, hub_access, load_weights
 
-# Name -> function. It is called with num_classes, drop_rate, pretrained and, if the name is that of
-# a timm model of a fixed input size, img_size. These are the names in recipes/.
+# Name -> function. It gets those arguments that it takes of num_classes, drop_rate, pretrained and,
+# if the name is that of a timm model of a fixed input size, img_size. recipes/ uses these names.
 MODELS = {
     "efficientnet_b4": partial(timm.create_model, "efficientnet_b4"),
     "resnet": partial(timm.create_model, "resnet50"),
@@ -56,24 +57,23 @@ def create_model(name, size, weights="none", dropout=0.0):
             that the model cannot take.
     """
     build = find_builder(name)
-    # Build it, with pretrained weights if asked to. Without a network, weights that are not cached
-    # then fail at once; the hub's client would try again for 50 seconds.
-    if weights == "imagenet" and not is_reachable(huggingface_hub.constants.ENDPOINT):
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
     kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout,
               "pretrained": weights == "imagenet"} | model_args(name, size)
-    # timm and the hub raise different classes in different releases.
-    errors = (OSError, RuntimeError, ValueError, AssertionError)
-    bad_size = (f"--model {name}: cannot be built for {size[0]} x {size[1]} photos ({{}}); try "
-                f"another --resize")
+    # A function gets those of these arguments that it takes.
+    parameters = inspect.signature(build).parameters.values()
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+        kwargs = {key: kwargs[key] for key in kwargs.keys() & {p.name for p in parameters}}
+    is_timm_name = getattr(build, "func", None) is timm.create_model
+    timm_name = build.args[0] if is_timm_name else name
     try:
-        model = build(**kwargs)
-    except errors as error:
-        if weights == "imagenet":
-            raise InputError(f"--weights imagenet: the weights of {name} are not available "
-                             f"({as_one_line(error)}); pass --weights none to train from scratch, "
-                             f"or --weights FILE with a .safetensors or .pth of {name}") from None
-        raise InputError(bad_size.format(as_one_line(error))) from None
+        with hub_access(weights == "imagenet"):
+            model = build(**kwargs)
+    except Exception as error:  # timm and the hub's client raise exceptions of any class
+        if weights == "imagenet" and _can_build(build, kwargs | {"pretrained": False}):
+            raise _weights_error(timm_name, error) from None
+        if not is_timm_name:
+            raise  # a bug in a hand-written function
+        raise _size_error(timm_name, size, error) from None
 
     # Try the size on timm models. Errors in the forward of a hand-written backbone are bugs.
     is_timm = hasattr(model, "pretrained_cfg")
@@ -81,8 +81,8 @@ def create_model(name, size, weights="none", dropout=0.0):
         try:
             with torch.no_grad():
                 model.eval()(torch.zeros(1, 3, *size))
-        except errors as error:
-            raise InputError(bad_size.format(as_one_line(error))) from None
+        except Exception as error:
+            raise _size_error(timm_name, size, error) from None
         model.train()
 
     if weights == "imagenet" and not is_timm:
@@ -93,6 +93,32 @@ def create_model(name, size, weights="none", dropout=0.0):
     elif weights != "imagenet":
         load_weights(model, weights)
     return model
+
+
+def _can_build(build, kwargs):
+    try:
+        build(**kwargs)
+    except Exception:
+        return False
+    return True
+
+
+def _weights_error(name, error):
+    remedy = (f"pass --weights none to train from scratch, or --weights FILE with a .safetensors "
+              f"or .pth of {name}")
+    damaged = find_damaged_download(name)
+    if damaged:
+        return InputError(f"--weights imagenet: the downloaded weights of {name} are damaged; "
+                          f"delete them with: rm -r {shlex.quote(str(damaged))} (or {remedy})")
+    return InputError(f"--weights imagenet: the weights of {name} are not available "
+                      f"({as_one_line(error)}); {remedy}")
+
+
+def _size_error(name, size, error):
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    native = f", such as {cfg.input_size[1]} {cfg.input_size[2]}" if cfg else ""
+    return InputError(f"--model {name}: cannot be built for {size[0]} x {size[1]} photos "
+                      f"({as_one_line(error)}); try another --resize{native}")
 
 
 def find_builder(name):

@@ -26,7 +26,7 @@ from core.checkpoint import (
     model_config,
     save_checkpoint,
 )
-from core.cli import ArgumentParser, format_flag, in_range, run_cli
+from core.cli import ArgumentParser, format_flag, in_range, restores_process, run_cli
 from core.device import (
     autocast,
     choose_device,
@@ -78,8 +78,8 @@ DATASET_DEFAULTS = {
 }
 
 
+@restores_process
 def main(argv=None):
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
     argv = sys.argv[1:] if argv is None else argv
     args, explicit = parse_args(argv)
     output_dir = Path(args.output_dir)
@@ -117,9 +117,9 @@ def main(argv=None):
         "class_counts": np.bincount(labels, minlength=NUM_CLASSES).tolist(),
         **dataset_folders(data_dir)})
 
-    # Results folder: lock it, and restore the last checkpoint if asked to.
+    # Results folder: lock it until main returns, and restore the last checkpoint if asked to.
     state = TrainerState(data=fingerprint(photos), args=run_folder.recorded_flags(args))
-    lock, training_state = run_folder.open_run(args, state, argv)
+    _lock, training_state = run_folder.open_run(args, state, argv)
     if training_state is not None:
         trainer.load_state_dict(training_state)
     if state.step >= total_steps or run_folder.is_exhausted(state, args.patience):  # a complete run
@@ -188,8 +188,6 @@ def main(argv=None):
     # The best checkpoint: its score with an interval, its figures, and the next command.
     reporter.close()
     reporter.log_result(valid_photos, summarize)
-    if lock:
-        lock.close()
     distributed.cleanup()
 
 
@@ -211,6 +209,7 @@ def create_trainer(args, initial_weights, labels, class_weight, device):
     # Seed here, so that earlier random draws do not change the initial weights.
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.resize, initial_weights, args.dropout)
+    distributed.check_batch_norm(model, args.batch_size, args.resize)
     model.to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
     # bfloat16 has the range of float32 and needs no loss scaling; float16 does.
@@ -381,7 +380,8 @@ def parse_args(argv=None):
 def check_args(args):
     """InputError for names that do not exist and flags that contradict each other."""
     find_builder(args.model)
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).is_file():
+    is_resumed = args.resume and list_checkpoints(args.output_dir)  # needs no other weights
+    if not (is_resumed or args.weights in ("imagenet", "none") or Path(args.weights).is_file()):
         raise InputError(f"--weights {args.weights}: no such file; expected imagenet, none, or a "
                          f".safetensors or .pth file")
     folds = f"--n_folds {args.n_folds} --fold {args.fold}"

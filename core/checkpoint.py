@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import re
+import shlex
 import zipfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ import timm
 import torch
 
 from core import distributed
+from core.cli import script
 from core.errors import InputError, as_one_line
 from core.files import write_atomically, write_json
 from core.labels import CLASS_NAMES, NUM_CLASSES
@@ -207,6 +209,17 @@ def list_checkpoints(output_dir):
     return sorted(folders, key=step_of)
 
 
+def is_checkpoint(folder):
+    """Return whether a folder is a checkpoint of train.py, and not of another program."""
+    if any((folder / name).exists() for name in ("training_state.pt", "valid_predictions.csv")):
+        return True
+    try:
+        read_config(folder)
+    except InputError:
+        return False
+    return True
+
+
 def step_of(folder):
     return int(Path(folder).name.partition("-")[2])
 
@@ -225,10 +238,14 @@ def find_checkpoint(model_dir):
     if checkpoints:
         best = read_trainer_state(checkpoints[-1]).best_step
         return next((folder for folder in checkpoints if step_of(folder) == best), checkpoints[-1])
-    # Neither: name the checkpoints in the same folder.
+    # Neither: name the folds in it, or the checkpoints beside it.
+    folds = sorted(model_dir.glob("fold-*"))
+    if folds:
+        raise InputError(f"--model_dir {model_dir}: holds {len(folds)} folds; to average them pass "
+                         f"--model_dir {shlex.join(map(str, folds))}")
     found = "no config.json in it" if model_dir.exists() else "no such checkpoint"
     siblings = [str(folder) for folder in list_checkpoints(model_dir.parent)
                 if folder != model_dir]
     remedy = (f"existing checkpoints: {', '.join(siblings)}" if siblings
-              else "train a model first: python train.py")
+              else f"train a model first: {script('train.py')}")
     raise InputError(f"--model_dir {model_dir}: {found}; {remedy}")

@@ -1,15 +1,26 @@
-"""The command line: argument parsing, flag files, and the exit status of every command."""
+"""The command line: flags, flag files, printed commands, and the exit status of every command."""
 import argparse
-import contextlib
+import functools
+import io
+import logging
 import math
 import multiprocessing
 import os
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import traceback
+from pathlib import Path
 
 from core.errors import InputError, as_one_line, explain_error
+
+ROOT = Path(__file__).resolve().parent.parent
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
+if hasattr(signal, "SIGHUP"):  # a terminal that is closed; not on Windows
+    STOP_SIGNALS.append(signal.SIGHUP)
+log = logging.getLogger("mask")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -33,12 +44,22 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         try:
-            return super().parse_known_args(args, namespace)
+            namespace, others = super().parse_known_args(args, namespace)
         except InputError:
             raise
         except (ValueError, RecursionError) as error:
             raise InputError(f"a flag file cannot be read ({as_one_line(error)}); expected one "
                              f"flag per line") from None
+        # An unset shell variable gives an empty path; a shell does not expand ~ after "=".
+        for name, value in vars(namespace).items():
+            if any(isinstance(item, str) and not item.strip()
+                   for item in (value if isinstance(value, list) else [value])):
+                raise InputError(f"--{name}: is empty; pass a value, or leave the flag out")
+            if isinstance(value, str):
+                setattr(namespace, name, os.path.expanduser(value))
+            elif isinstance(value, list) and isinstance(value[0], str):
+                setattr(namespace, name, [os.path.expanduser(item) for item in value])
+        return namespace, others
 
     def error(self, message):
         raise InputError(f"{message} (see {self.prog} --help)")
@@ -92,6 +113,76 @@ def format_flag(name, value):
     return [f"--{name}", *map(str, value if isinstance(value, list | tuple) else [value])]
 
 
+def script(name):
+    """Return the start of a command line that runs a script or tool from the current folder.
+
+    Args:
+        name: "train.py", or "tools.export".
+    """
+    # "python" may be missing, or of another environment.
+    found, own = shutil.which("python"), sys.executable
+    is_own = found and os.path.samefile(found, own) and Path(found).parent == Path(own).parent
+    python = "python" if is_own else shlex.quote(own)
+    try:
+        is_here = Path.cwd() == ROOT
+    except FileNotFoundError:  # it was deleted
+        is_here = False
+    if name.endswith(".py"):
+        return f"{python} {name if is_here else shlex.quote(str(ROOT / name))}"
+    return f"{'' if is_here else f'PYTHONPATH={shlex.quote(str(ROOT))} '}{python} -m {name}"
+
+
+def restores_process(main):
+    """Decorate a command's main: log lines go to stdout while it runs.
+
+    It leaves logging, signal handlers and the environment as it found them, for notebooks.
+    """
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        handlers, level, propagate = log.handlers, log.level, log.propagate
+        cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")  # the only variable that is set
+        on_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+        log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
+        log.setLevel(logging.INFO)
+        try:
+            return main(argv)
+        finally:
+            log.handlers, log.propagate = handlers, propagate
+            log.setLevel(level)
+            if cublas is None and os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None):
+                sys.modules["torch"].use_deterministic_algorithms(False)
+            if threading.current_thread() is threading.main_thread():
+                for number, handler in on_signal.items():
+                    if handler is not None:  # None: set by another program that runs Python
+                        signal.signal(number, handler)
+    return wrapper
+
+
+class _Output(io.FileIO):
+    """A stream that drops what cannot be written: a closed pipe must not stop the work."""
+
+    def write(self, data):
+        try:
+            written = super().write(data)
+        except OSError:
+            written = None
+        return len(data) if written is None else written  # None: a full pipe that does not wait
+
+
+def _open_outputs():
+    """Set sys.stdout and sys.stderr to streams whose writing never fails."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # closed: no other file may get this number, or messages would go there
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        file = io.BufferedWriter(_Output(number, "w", closefd=False))
+        encoding = getattr(getattr(sys, name), "encoding", None)
+        setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace",
+                                            line_buffering=True))
+
+
 def run_cli(main):
     """Run `main` and end the process.
 
@@ -101,27 +192,37 @@ def run_cli(main):
     Loader processes ignore SIGTERM and may hold locks of the queues they share with this process.
     They are killed and this process ends at once, so that nothing waits for such a lock.
     """
-    status = 1
+    _open_outputs()
     try:
         main()
-        status = 0
-    except SystemExit as error:
-        status = error.code or 0
-    except KeyboardInterrupt:
+    except BaseException as error:
+        # Ended in here, where the exception keeps the DataLoaders of main alive: deleting one
+        # waits 5 seconds for each process that is busy with a batch.
+        _end_process(_exit_status(error))
+    _end_process(0)
+
+
+def _exit_status(error):
+    """Print what the user should see of an exception; return the exit status."""
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if isinstance(error, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-    except Exception as error:
-        line = explain_error(error)
-        if line is None:
-            traceback.print_exc()
-        else:
-            print(f"error: {line}", file=sys.stderr)
-            status = 2
+        return 1
+    line = explain_error(error)
+    if line is None:
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def _end_process(status):
     if hasattr(signal, "SIGCHLD"):  # torch's handler would raise an error for killed processes
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
         child.kill()
     multiprocessing.util._run_finalizers(0)  # releases semaphores
-    with contextlib.suppress(OSError):  # a closed pipe
-        sys.stdout.flush()
-        sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)

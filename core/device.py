@@ -5,6 +5,7 @@ import platform
 
 import torch
 
+from core import distributed
 from core.errors import InputError
 
 
@@ -74,4 +75,4 @@ def choose_workers(num_workers, device):
         return max(num_workers, 0)
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    return min(8, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1, 0))
+    return min(8, max(cores // distributed.local_world_size() - 1, 0))

@@ -4,24 +4,29 @@
     torchrun --nproc_per_node=8 inference.py --model_dir=./results
 """
 import contextlib
+import copy
 import itertools
 import os
+import shlex
 import signal
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
-from core.errors import InputError
+from core.cli import STOP_SIGNALS, script
+from core.errors import InputError, as_one_line
 
 
 def init_distributed(device):
     """Join torchrun's processes if it started this one; return this process's own device.
 
     Raises:
-        InputError: for a --device with a number, or more processes than GPUs.
+        InputError: for an environment that is not torchrun's, a --device with a number, more
+            processes than GPUs, or processes that do not find each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    if _torchrun_processes() > 1 and not dist.is_initialized():
         if device.index is not None:
             raise InputError(f"--device {device}: torchrun gives each process its own GPU; pass "
                              f"--device cuda")
@@ -31,10 +36,31 @@ def init_distributed(device):
                 raise InputError(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}: this "
                                  f"machine has {torch.cuda.device_count()} GPUs; start at most "
                                  f"one process per GPU")
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (dist.DistError, OSError) as error:
+            raise InputError(f"the processes cannot connect ({as_one_line(error)}); check that "
+                             f"MASTER_ADDR and MASTER_PORT are free and can be reached") from None
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return device
+
+
+def _torchrun_processes():
+    """Return the number of processes that torchrun started; 1 without it."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):
+        return 1
+    names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    limits = {"RANK": os.environ["WORLD_SIZE"], "MASTER_PORT": "65536"}
+    wrong = [name for name in names if not os.environ.get(name, "").isdecimal()]
+    wrong += [name for name, limit in limits.items()
+              if not wrong and int(os.environ[name]) >= int(limit)]
+    if wrong or not os.environ.get("MASTER_ADDR"):
+        name = wrong[0] if wrong else "MASTER_ADDR"
+        raise InputError(f"the environment has WORLD_SIZE={os.environ['WORLD_SIZE']} and {name} "
+                         f"is {os.environ.get(name) or 'not set'}; start several processes with "
+                         f"torchrun, or a single one with WORLD_SIZE=1")
+    return int(os.environ["WORLD_SIZE"])
 
 
 def check_restarts(resume):
@@ -70,6 +96,27 @@ def check_shares(batch_size, criterion):
                              f"--criterion, or use one process")
 
 
+def check_batch_norm(model, batch_size, size):
+    """Check that batch norm gets more than one value per channel; InputError if not.
+
+    Args:
+        model: in training mode; it stays as it is.
+        batch_size: photos per batch, of all processes.
+        size: (height, width) of a photo.
+    """
+    if batch_size > world_size():
+        return
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copy.deepcopy(model)(torch.zeros(1, 3, *size))
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise InputError(f"--batch_size {batch_size}: the batch norm of this model needs two "
+                         f"photos in each process; pass at least --batch_size {2 * world_size()}"
+                         ) from None
+
+
 def cleanup():
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -84,13 +131,19 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def launcher():
-    """Return the start of the command line of these processes: "python" or "torchrun ..."."""
+def local_world_size():
+    """Return the number of processes on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_initialized() else 1
+
+
+def launch(name):
+    """Return the start of the command line of these processes: "python train.py", or torchrun."""
     if world_size() == 1:
-        return "python"
+        return script(name)
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     nnodes = f"--nnodes={nodes} " if nodes > 1 else ""
-    return f"torchrun {nnodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    processes = f"{nnodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
+    return f"torchrun {processes} {shlex.quote(shlex.split(script(name))[-1])}"
 
 
 @contextlib.contextmanager
@@ -149,16 +202,19 @@ def no_sync(model, active):
 
 
 class StopSignals:
-    """Remembers Ctrl-C and SIGTERM, so that training can stop after a whole step.
+    """Remembers Ctrl-C, SIGTERM and SIGHUP, so that training can stop after a whole step.
 
     A second signal stops the process at once. Signals within one second count as one: a terminal
-    or scheduler signals all processes, and torchrun then signals its own.
+    or scheduler signals all processes, and torchrun then signals its own. Signals that are ignored
+    (by nohup) stay so. `core.cli.restores_process` restores the handlers.
     """
 
     def __init__(self):
         self.received, self.time = 0, 0.0
-        self.previous = {number: signal.signal(number, self._handle)
-                         for number in (signal.SIGINT, signal.SIGTERM)}
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():  # others get no signals
+            self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
+                             if signal.getsignal(number) not in (signal.SIG_IGN, None)}
 
     def _handle(self, number, frame):
         if self.received:
@@ -167,8 +223,9 @@ class StopSignals:
                 os.kill(os.getpid(), number)
             return
         self.received, self.time = number, time.monotonic()
-        # print is not safe in a signal handler
-        os.write(2, b"\nstopping soon with a checkpoint; a second signal stops at once\n")
+        with contextlib.suppress(OSError):  # the terminal is closed
+            # print is not safe in a signal handler
+            os.write(2, b"\nstopping soon with a checkpoint; a second signal stops at once\n")
 
     def poll(self, step, interval):
         """Return 0, or the signal that any process has received.

@@ -2,6 +2,16 @@
 import errno
 import os
 
+# What to do about an error of the system.
+DISK_FULL = "no incomplete checkpoint was kept; free some space and run the command again"
+PERMISSION = "change the permissions, or choose another path"
+TOO_MANY_PROCESSES = "lower --num_workers, or end other programs"
+TOO_MANY = "lower --num_workers, or raise the limit with ulimit -n 4096"
+REMEDIES = {errno.ENOSPC: DISK_FULL, errno.EDQUOT: DISK_FULL, errno.EFBIG: DISK_FULL,
+            errno.EACCES: PERMISSION, errno.EPERM: PERMISSION, errno.EROFS: PERMISSION,
+            errno.EAGAIN: TOO_MANY_PROCESSES, errno.ENOMEM: TOO_MANY_PROCESSES,
+            errno.EMFILE: TOO_MANY, errno.ENFILE: TOO_MANY}
+
 
 class InputError(ValueError):
     """Bad data, flags, files or hardware: what was found, where, what was expected, what to do."""
@@ -16,29 +26,30 @@ def explain_error(error):
     text = str(error)
     if isinstance(error, InputError):
         return text.rpartition("InputError: ")[2].strip()
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return (f"disk full{_at_file(error)}: no incomplete checkpoint was kept; free some space "
-                f"and run the command again")
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"no permission{_at_file(error)}: change the permissions, or choose another path"
+    # A loader process that dies while it sends a batch looks like a closed connection.
+    lost = ConnectionResetError, ConnectionRefusedError, ConnectionAbortedError, EOFError
+    connection_lost = isinstance(error, lost)
+    if isinstance(error, OSError) and error.errno is not None and not connection_lost:
+        return _explain_os_error(error)
 
     # torch's classes are compared by name, so that commands without torch need not import it.
     is_runtime_error = isinstance(error, RuntimeError)
     # The messages of CUDA and MPS, of CUDA's libraries, and of the CPU allocator.
     no_memory = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-    if type(error).__name__ == "OutOfMemoryError" or (
+    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or (
             is_runtime_error and any(words in text for words in no_memory)):
         return ("out of memory: lower --valid_batch_size; in training also lower --batch_size "
                 "(and raise --accumulation_steps by the same factor) or --resize")
     if is_runtime_error and "does not have a deterministic implementation" in text:
         return (f"--deterministic: {text.split(' ')[0]} has no deterministic implementation; pass "
                 f"another --model, or drop --deterministic")
+    if is_runtime_error and ("Too many open files" in text or "ancdata" in text):
+        return f"too many open files: {TOO_MANY}"
     if is_runtime_error and ("shared memory" in text or "bus error" in text.lower()):
         return ("too little shared memory for the loader processes: pass --num_workers 0, or "
                 "enlarge /dev/shm")
-    # A loader process that dies while it sends a batch looks like a closed connection.
-    connection_lost = isinstance(error, (ConnectionResetError, ConnectionRefusedError, EOFError))
-    if connection_lost or "is killed by signal" in text or "exited unexpectedly" in text:
+    ends = "is killed by signal", "exited unexpectedly", "terminated abruptly"
+    if connection_lost or any(words in text for words in ends):
         return ("a loader process was killed, often for lack of memory: lower --num_workers, and "
                 "continue with --resume")
     return None
@@ -49,5 +60,11 @@ def as_one_line(error):
     return " ".join(str(error).split())[:150] or type(error).__name__
 
 
-def _at_file(error):
-    return f" at {os.fspath(error.filename)}" if error.filename else ""
+def _explain_os_error(error):
+    words = {DISK_FULL: "disk full", PERMISSION: "no permission"}
+    remedy = REMEDIES.get(error.errno, "check the path, and that its disk is mounted and works")
+    what = words.get(remedy, error.strerror or as_one_line(error))
+    path = error.filename
+    if isinstance(path, bytes | os.PathLike):
+        path = os.fsdecode(path)
+    return f"{what}{'' if path in (None, '') else f' at {path}'}: {remedy}"

@@ -3,7 +3,10 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+
+from core.errors import InputError
 
 
 @contextlib.contextmanager
@@ -12,9 +15,17 @@ def write_atomically(path):
 
     The temporary path (`.<name>.tmp`) may be written as a file or as a folder. It is flushed to
     disk before it is renamed, and deleted if the block fails. An existing file is replaced in one
-    step; an existing folder is deleted first.
+    step; an existing folder is deleted first. A link stays: the file that it names is replaced. A
+    device or pipe cannot be replaced: the finished file is copied into it.
     """
-    path = Path(path)
+    if _is_stream(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder, "file")
+            # "a": what is printed to the same file must stay.
+            with open(Path(folder, "file"), "rb") as source, open(path, "ab", 0) as target:
+                shutil.copyfileobj(source, target)
+        return
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
     delete(temporary)
     try:
@@ -28,6 +39,31 @@ def write_atomically(path):
     except BaseException:
         delete(temporary)
         raise
+
+
+def _is_stream(path):
+    # A name such as /dev/stdout stands for an open file, which must not be replaced either.
+    is_special = os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path)
+    return is_special or str(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
+
+
+def check_output(*paths):
+    """Check output files before the work; InputError for one that cannot be written.
+
+    Args:
+        paths: different files, or None.
+    """
+    paths = [path for path in paths if path]
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise InputError(f"{paths[0]}: is to be written twice; pass two different files")
+    for path in paths:
+        folder = os.path.dirname(os.path.realpath(path))
+        if os.path.isdir(path):
+            raise InputError(f"{path}: is a folder; expected the name of a file to write")
+        if not _is_stream(path) and not os.access(folder, os.W_OK):
+            raise InputError(f"{path}: its folder does not exist, or is read-only; choose another")
+        if os.path.exists(path) and not os.access(path, os.W_OK):
+            raise InputError(f"{path}: is read-only; choose another file")
 
 
 def write_json(path, value):
@@ -45,9 +81,9 @@ def delete(path):
 
 
 def _flush(path):
-    # Windows and some network file systems cannot flush folders or files opened for reading.
+    # Some systems cannot flush folders (Windows, network file systems): flush what can be.
     with contextlib.suppress(OSError):
-        handle = os.open(path, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
         try:
             os.fsync(handle)
         finally:

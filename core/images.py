@@ -1,35 +1,87 @@
-"""Decoding photos, and finding those that cannot be decoded."""
+"""Decoding photos, and finding those that are damaged.
+
+Pixels decide: of all that stands beside them in a file only the orientation is used.
+"""
+import contextlib
+import functools
 import hashlib
 import io
 import logging
 import math
+import multiprocessing
 import os
-from concurrent.futures import ThreadPoolExecutor
+import re
+import struct
+import threading
+import warnings
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from core.errors import InputError, as_one_line
+from core.cli import script
+from core.errors import InputError, as_one_line, explain_error
 
 log = logging.getLogger("mask")
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Formats that are decoded, whatever the file's name; other Pillow formats can start programs.
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF")
-MIN_SIDE, MAX_PIXELS = 16, 64_000_000
-EXIF_ORIENTATION = 0x0112
+FORMATS = ["JPEG", "PNG", "BMP", "WEBP", "TIFF", "GIF"]
+IMAGE_SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff",
+                  ".gif"]
+if find_spec("PIL.AvifImagePlugin"):  # Pillow 11.3
+    FORMATS.append("AVIF")
+    IMAGE_SUFFIXES.append(".avif")
+MIN_SIDE = 16
+MAX_PIXELS = 200_000_000  # a JPEG of this size takes 1.2 GB while it is decoded, others up to 4.3
+Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at half of that; _decode has the limit
+
 # OpenCV decodes a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size.
 # With IMREAD_COLOR_RGB these flags give colours, in spite of their names.
 REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
            8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+ORIENTATION = 0x0112
+# TIFF tags that say how the pixels are stored, and the orientation.
+PIXEL_TAGS = {*range(254, 260), 262, 266, ORIENTATION, *range(273, 280), 284, 292, 293, 317, 320,
+              *range(322, 326), 330, 338, 339, 347, *range(512, 522), *range(529, 533)}
+
+# Length of a PNG's tRNS chunk for gray and colour photos.
+TRANSPARENCY = {b"\0": 2, b"\2": 6}
+
+# What a file may be instead: its first bytes, a name, and what to do.
+CONVERT, DOWNLOAD = "convert it to JPEG", "download or copy it again"
+SIGNATURES = [
+    (rb"....ftyp(hei|hev|mif1|msf1)", "a HEIC photo", CONVERT),
+    (rb"....ftypavi[fs]", "an AVIF photo that is damaged, or needs Pillow 11.3", DOWNLOAD),
+    (rb"....ftyp|RIFF....AVI|\x1aE\xdf\xa3", "a video", "remove it"),
+    (rb"\xff\x0a|....JXL ", "a JPEG XL photo", CONVERT),
+    (rb"....jP  ", "a JPEG 2000 photo", CONVERT),
+    (rb"8BPS", "a Photoshop file", CONVERT),
+    (rb"IIU\0|IIR[OS]|FUJI", "a camera raw file", CONVERT),
+    (rb"II[*+]\0|MM\0[*+]", "a TIFF file that is damaged or of an unusual kind", CONVERT),
+    (rb"\xff\xd8", "a JPEG that is damaged or of an unusual kind", DOWNLOAD),
+    (rb"\x89PNG", "a damaged PNG", DOWNLOAD),
+    (rb"GIF8|BM|RIFF....WEBP", "a damaged photo", DOWNLOAD),
+    (rb"%!PS|%PDF", "a PostScript or PDF file", CONVERT),
+    (rb"version https://git-lfs", "a Git LFS pointer, not the photo", "run git lfs pull"),
+    (rb"PK\x03\x04|Rar!|7z\xbc\xaf|\x1f\x8b", "an archive", "unpack it"),
+    (rb"(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head)", "an HTML page", DOWNLOAD),
+    (rb"(\xef\xbb\xbf)?\s*(<\?xml|<svg|[{\[])", "an XML, SVG or JSON text", DOWNLOAD),
+    (rb"\0+$", "a file of zeros", DOWNLOAD),
+    (rb"$", "an empty file", DOWNLOAD),
+]
 
 
 def read_image(path, min_size=(math.inf, math.inf)):
-    """Decode a photo to upright RGB: grayscale, palette, alpha, CMYK, 16-bit, EXIF-rotated alike.
+    """Decode a photo to upright RGB: grayscale, palette, alpha, CMYK, 16-bit, float alike.
+
+    Transparent photos are laid on white. A photo whose damage the decoder repairs is used, and
+    named in a warning.
 
     Args:
         path: the photo.
@@ -40,45 +92,256 @@ def read_image(path, min_size=(math.inf, math.inf)):
         uint8 array (height, width, 3).
 
     Raises:
-        InputError: if the photo cannot be decoded, has a side under 16 pixels or more than 64
+        InputError: if the photo cannot be decoded, has a side under 16 pixels or more than 200
             million pixels.
     """
+    pixels, _, _, damage = _decode(path, min_size)
+    if damage:
+        _warn_once(path, damage)
+    return pixels
+
+
+@functools.cache
+def _warn_once(path, damage):
+    log.error(f"warning: {path}: damaged ({damage}), used as far as it can be decoded; restore it, "
+              f"or leave it out with --on_bad_image skip")
+
+
+def _decode(path, min_size=(math.inf, math.inf)):
+    """Return (pixels, size in words, Pillow's mode, damage that was repaired or "")."""
     try:
         data = Path(path).read_bytes()
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
-                raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least "
-                                 f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize "
-                                 f"it")
-            # OpenCV decodes the usual kind of JPEG twice as fast, with the same pixels. It does
-            # not report a truncated file, so the end-of-image marker must be there.
-            if (image.format == "JPEG" and image.mode == "RGB" and data.endswith(b"\xff\xd9")
-                    and _is_upright(image)):
-                factor = max(n for n in REDUCED if n == 1 or (
-                    height >= n * min_size[0] and width >= n * min_size[1]))
-                flags = REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-                pixels = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-                if pixels is not None:
-                    return pixels
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):
-                # 16 bits per channel: keep the high byte, where Pillow would clip at 255.
-                pixels = np.asarray(image).astype(np.float64)
-                image = Image.fromarray((pixels / 256).clip(0, 255).astype(np.uint8))
-            return np.array(image.convert("RGB"))
-    except InputError:
-        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; restore it, or start again without it") from None
+    except PermissionError as error:
+        raise InputError(explain_error(error)) from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's warnings do not name the file
+            return _decode_bytes(path, data, min_size)
+    except (InputError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        what, remedy = next(((name, todo) for pattern, name, todo in SIGNATURES
+                             if re.match(pattern, data[:1000], re.DOTALL | re.IGNORECASE)),
+                            ("no photo in a known format", "restore or remove the file"))
+        raise InputError(f"{path}: cannot be decoded: it is {what}; {remedy}") from None
     except Exception as error:  # damaged files make the decoders raise exceptions of any class
+        if isinstance(error, cv2.error) and "Insufficient memory" in str(error):
+            raise MemoryError from None
+        check = script("tools.check_data")
         raise InputError(f"{path}: cannot be decoded ({as_one_line(error)}); restore or remove the "
-                         f"file; python -m tools.check_data finds all such files") from None
+                         f"file; {check} finds all such files") from None
 
 
-def _is_upright(image):
-    return "exif" not in image.info or image.getexif().get(EXIF_ORIENTATION, 1) == 1
+def _decode_bytes(path, data, min_size):
+    data, orientation = _without_metadata(data)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        width, height = image.size
+        facts, damage = (f"{width} x {height}", image.mode), ""
+        if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+            raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least "
+                             f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize it")
+        # OpenCV decodes JPEGs twice as fast as Pillow, with the same pixels.
+        if image.format == "JPEG":
+            if orientation >= 5:  # width and height change places
+                min_size = min_size[::-1]
+            factor = max(n for n in REDUCED if n == 1 or (
+                height >= n * min_size[0] and width >= n * min_size[1]))
+            flags = REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            pixels, damage = _decode_jpeg(data, flags)
+            if not (damage or data.endswith(b"\xff\xd9")) and (
+                    data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
+                damage = "its end is missing"
+            if image.mode in ("RGB", "L") and pixels is not None:
+                return _rotate(pixels, orientation), *facts, damage
+        _, text = _with_stderr(image.load)  # libtiff's messages
+        damage = damage or text
+        orientation = orientation or _orientation(image.info.get("exif", b""))  # WebP, AVIF
+        if image.mode.startswith(("I", "F")):
+            image = Image.fromarray(_to_uint8(np.asarray(image)))
+        elif image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return _rotate(np.array(image.convert("RGB")), orientation), *facts, damage
 
+
+def _decode_jpeg(data, flags):
+    """Return (pixels or None, damage that libjpeg repaired or "").
+
+    Raises:
+        ValueError: if the file ends before the photo does.
+    """
+    pixels, text = _with_stderr(cv2.imdecode, np.frombuffer(data, np.uint8), flags)
+    if "Premature end of JPEG file" in text:
+        raise ValueError("the file is truncated")
+    # A few bytes too many before the end marker are harmless.
+    is_harmless = re.search(r"\b[1-7] extraneous bytes before marker 0xd9", text)
+    return pixels, "" if is_harmless else text
+
+
+def _with_stderr(function, *args):
+    """Call a function of a C library; return (its result, what it printed to stderr).
+
+    libjpeg and libtiff tell of damage only on stderr, without the name of the photo. This is for
+    processes that decode in one thread: what another thread prints meanwhile is taken for theirs.
+    """
+    try:
+        (reader, writer), stderr = _pipe(os.getpid()), os.dup(2)
+    except OSError:  # no stderr, or no more files may be opened
+        return function(*args), ""
+    text = b""
+    try:
+        os.dup2(writer, 2)
+        result = function(*args)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        # Also after an exception, or the next photo would get the text.
+        with contextlib.suppress(BlockingIOError):  # nothing was printed
+            text = os.read(reader, 65536)
+    return result, " ".join(text.decode(errors="replace").split())[:150]
+
+
+@functools.lru_cache(maxsize=1)
+def _pipe(pid):  # one for each process
+    ends = os.pipe()
+    for end in ends:
+        os.set_blocking(end, False)
+    return ends
+
+
+def _to_uint8(values):
+    """Scale integers of more than 8 bits, or floats, to 0..255; ValueError for other ranges."""
+    low, high = float(values.min()), float(values.max())
+    # Filters push floats of 0..1 a little over the edges.
+    ranges = [(1, -0.25, 1.5)] if values.dtype.kind == "f" else []
+    for scale, least, most in [*ranges, (255, 0, 255), (65535, 0, 65535)]:
+        is_ambiguous = ranges and scale > 1 and high < 16  # floats; hardly a photo of 0..255
+        if least <= low and high <= most and not is_ambiguous:  # False for NaN, too
+            return np.rint(values * (255.0 / scale)).clip(0, 255).astype(np.uint8)
+    raise ValueError(f"values from {low:g} to {high:g}; expected 0..1, 0..255 or 0..65535")
+
+
+def _rotate(pixels, orientation):
+    """Turn pixels upright, by the EXIF orientation 1..8; 0 is 1."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# --- metadata ---
+
+def _without_metadata(data):
+    """Return (the file without what may break a decoder but is no pixel, orientation or 0)."""
+    if data[:1] in (b"\r", b"\n"):  # of a web page's template
+        data = data.lstrip(b"\r\n")
+    if data.startswith(b"\xff\xd8\xff"):
+        return _without_jpeg_segments(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return _without_png_chunks(data)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return _without_webp_chunks(data)
+    if data.startswith((b"II*\0", b"MM\0*")):
+        changed = bytearray(data)
+        for offset, tag, _, _ in _tiff_entries(data):
+            if tag not in PIXEL_TAGS:  # tag 0xFFFF of type 0 is skipped by Pillow
+                changed[offset:offset + 8] = b"\xff\xff\0\0\0\0\0\0"
+        return bytes(changed), 0  # Pillow turns the photo itself
+    return data, 0
+
+
+def _without_jpeg_segments(data):
+    parts, position, orientation = [data[:2]], 2, 0
+    while data[position:position + 1] == b"\xff":
+        marker = data[position + 1] if position + 1 < len(data) else 0xDA
+        if marker == 0xDA:  # start of scan: the pixels
+            if sum(map(len, parts)) < position:  # something is left out
+                data = b"".join([*parts, data[position:]])
+            return data, orientation
+        if marker == 0xFF:  # padding
+            position += 1
+            continue
+        end = position + 2 + int.from_bytes(data[position + 2:position + 4], "big")
+        segment = data[position:end]
+        if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
+            orientation = orientation or _orientation(segment[4:])
+        # Of application data and comments only JFIF and Adobe (12 bytes) change the colours.
+        is_adobe = marker == 0xEE and len(segment) >= 16
+        if is_adobe or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
+            parts.append(segment)
+        position = end
+    return data, orientation
+
+
+def _without_png_chunks(data):
+    parts, position, orientation = [data[:8]], 8, 0
+    while position + 8 <= len(data) and parts[-1][4:8] != b"IEND":
+        length, kind = struct.unpack(">I4s", data[position:position + 8])
+        chunk = data[position:position + 12 + length]
+        position += 12 + length
+        is_whole = chunk[-4:] == zlib.crc32(chunk[4:-4]).to_bytes(4, "big")
+        if kind == b"eXIf":
+            orientation = orientation or _orientation(chunk[8:-4])
+        elif kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND"):
+            if not is_whole:
+                what = "wrong checksum" if len(chunk) == 12 + length else "the file is truncated"
+                raise ValueError(f"{what} in {kind.decode()}")
+            parts.append(chunk)
+        elif kind == b"tRNS" and is_whole and length == TRANSPARENCY.get(parts[1][17:18], length):
+            parts.append(chunk)
+    if parts[-1][4:8] != b"IEND":
+        parts.append(b"\0\0\0\0IEND\xaeB`\x82")
+    return b"".join(parts), orientation
+
+
+def _without_webp_chunks(data):
+    parts, position, orientation = [data[:12]], 12, 0
+    while position + 8 <= len(data):
+        kind, length = struct.unpack("<4sI", data[position:position + 8])
+        chunk = data[position:position + 8 + length + length % 2]
+        position += 8 + length + length % 2
+        if kind == b"EXIF":
+            orientation = orientation or _orientation(chunk[8:])
+        elif kind == b"VP8X":  # its flags say which other chunks there are
+            parts.append(chunk[:8] + bytes([chunk[8] & 0b00010010]) + chunk[9:])
+        elif kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
+            parts.append(chunk)
+    data = b"".join(parts)
+    return data[:4] + struct.pack("<I", len(data) - 8) + data[8:], orientation
+
+
+def _orientation(exif):
+    """Return the orientation 1..8 in a block of EXIF data, or 0 if there is none."""
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    for offset, tag, kind, order in _tiff_entries(exif):
+        if tag == ORIENTATION and kind in (3, 4):  # unsigned, 16 or 32 bits
+            size = 2 if kind == 3 else 4
+            value = int.from_bytes(exif[offset + 8:offset + 8 + size],
+                                   "little" if order == "<" else "big")
+            return value if value <= 8 else 0
+    return 0
+
+
+def _tiff_entries(data):
+    """Yield (offset, tag, type, byte order) of the entries in the first directory of a TIFF."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
+    if order is None or len(data) < 8:
+        return
+    start = struct.unpack(order + "I", data[4:8])[0]
+    if start + 2 > len(data):
+        return
+    count = struct.unpack(order + "H", data[start:start + 2])[0]
+    for offset in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
+        yield offset, *struct.unpack(order + "HH", data[offset:offset + 4]), order
+
+
+# --- checking a whole dataset ---
 
 def check_images(paths):
     """Decode photos as training does, on all cores.
@@ -87,31 +350,43 @@ def check_images(paths):
         paths: Series of strings.
 
     Returns:
-        DataFrame with the index of `paths`: error (the line that training would stop with, or
-        ""), size ("384 x 512", width x height), mode (Pillow's name), and digest (SHA-256 of the
-        upright RGB pixels; "" for a photo that cannot be decoded).
+        DataFrame with the index of `paths`: error (one line for a photo that cannot be decoded or
+        is damaged, or ""), size ("384 x 512", width x height), mode (Pillow's name), and digest
+        (SHA-256 of the upright RGB pixels; "" for a photo with an error).
     """
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoders and hashlib release the GIL
-        rows = list(tqdm(pool.map(_check_image, paths), total=len(paths), disable=None,
-                         unit="photo", desc="check"))
+    # Processes: `_decode_jpeg` is not for threads.
+    workers = min(os.cpu_count(), len(paths) // 32)
+    with ProcessPoolExecutor(max(workers, 1), initializer=_end_with_parent) as pool:
+        results = pool.map(_check_image, paths, chunksize=8) if workers > 1 else map(
+            _check_image, paths)
+        rows = list(tqdm(results, total=len(paths), disable=None, unit="photo", desc="check"))
     return pd.DataFrame(rows, columns=["error", "size", "mode", "digest"], index=paths.index)
+
+
+def _end_with_parent():
+    # A worker of a process that was killed would wait for its next photo for ever.
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _check_image(path):
     try:
-        pixels = read_image(path)
-        with Image.open(path) as original:
-            size, mode = "{} x {}".format(*original.size), original.mode
-        digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
-        return "", size, mode, digest
+        pixels, size, mode, damage = _decode(path)
     except InputError as error:
         return str(error), "?", "?", ""
+    if damage:
+        return f"{path}: damaged ({damage}); restore or remove the file", size, mode, ""
+    digest = hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).hexdigest()
+    return "", size, mode, digest
 
 
 def drop_bad_images(photos):
-    """Return the table of photos without those that cannot be decoded; log each of them."""
+    """Return the table of photos without those that are damaged or cannot be decoded; log each."""
     errors = check_images(photos.path).error
     for error in errors[errors != ""]:
         log.warning(f"skipped: {error}")
-    log.info(f"{(errors != '').sum()} of {len(photos)} photos skipped: they cannot be decoded")
+    log.info(f"{(errors != '').sum()} of {len(photos)} photos skipped: they cannot be decoded or "
+             f"are damaged")
     return photos[errors == ""].reset_index(drop=True)

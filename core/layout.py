@@ -11,14 +11,17 @@ photo. They list files; photos are decoded later. Nothing here needs torch.
 import hashlib
 import logging
 import os
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pandas as pd
 
-from core.errors import InputError, as_one_line
+from core.errors import InputError
 from core.images import IMAGE_SUFFIXES
 from core.labels import GENDERS, MASK_OF_SHOT, age_band, encode
 from core.sample_data import draw_sample_dataset
+from core.tables import read_table
 
 log = logging.getLogger("mask")
 
@@ -39,9 +42,6 @@ def choose_data(data_dir):
     The folder is --data_dir, else SM_CHANNEL_TRAIN, else ./data, else the built-in sample, which
     is drawn if necessary. The kind is "sample", "competition" or "own".
     """
-    if data_dir == "":
-        raise InputError("--data_dir: is empty; expected a folder, or no --data_dir for ./data or "
-                         "the sample")
     folder = data_dir or os.environ.get("SM_CHANNEL_TRAIN")
     if not folder and find_part("data", "train"):
         folder = "data"
@@ -73,6 +73,13 @@ def find_part(data_dir, part):
     elif data_dir.name in ("train", "eval"):
         candidates.append(data_dir.parent / part)
     return next((folder.resolve() for folder in candidates if (folder / table).is_file()), None)
+
+
+def is_train_part(folder):
+    """Return whether a folder is the train part of a dataset, or its images folder."""
+    folder = Path(os.path.abspath(folder))
+    images = folder.name == "images" and (folder.parent / "train.csv").is_file()
+    return images or ((folder / "train.csv").is_file() and not (folder / "info.csv").is_file())
 
 
 def dataset_folders(data_dir):
@@ -133,45 +140,65 @@ def read_eval(data_dir, require_all=True):
     if folder is None:
         raise InputError(f"{data_dir}: no eval/info.csv in it; expected eval/info.csv and "
                          f"eval/images/")
-    csv, images = folder / "info.csv", folder / "images"
-    info = read_table(csv, ["ImageID"], key="ImageID")
+    table, images = folder / "info.csv", folder / "images"
+    info = read_table(table, ["ImageID"], key="ImageID")
     # An ImageID must not point outside the folder.
-    for image_id in info.ImageID:
+    for line, image_id in info.ImageID.items():
         parts = Path(image_id.replace("\\", "/")).parts
-        if not image_id or os.path.isabs(image_id) or ".." in parts or "\0" in image_id:
-            raise InputError(f"{csv}: ImageID {image_id!r} is not a file name inside {images}")
+        if os.path.isabs(image_id) or ".." in parts or "\0" in image_id:
+            raise InputError(f"{table}, line {line}: ImageID {image_id!r} is not a file name "
+                             f"inside {images}")
     # All photos must be on disk.
-    paths = [str(images / image_id) for image_id in info.ImageID]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    paths = {image_id: os.path.join(images, image_id) for image_id in info.ImageID}
+    missing = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
+    if missing:
+        on_disk = {_normalized(os.path.relpath(file, images)): file for file in _walk(images)}
+        paths |= {image_id: on_disk[_normalized(image_id)] for image_id in missing
+                  if _normalized(image_id) in on_disk}
+        missing = [image_id for image_id in missing if not os.path.isfile(paths[image_id])]
     if missing and require_all:
-        raise InputError(f"{missing[0]}: listed in info.csv but not on disk ({len(missing)} of "
-                         f"{len(paths)} are missing); copy the whole eval/images folder")
-    return pd.DataFrame({"ImageID": info.ImageID, "path": paths})
+        line = info.index[info.ImageID == missing[0]][0]
+        raise InputError(f"{images}: has no {missing[0]!r}, which info.csv lists in line {line} "
+                         f"({len(missing)} of {len(paths)} photos are not on disk); copy the "
+                         f"whole eval/images folder")
+    return pd.DataFrame({"ImageID": list(paths), "path": list(paths.values())})
+
+
+def _normalized(name):
+    # macOS stores names with their accents, and Korean syllables, taken apart.
+    return unicodedata.normalize("NFC", str(name)).strip()
 
 
 def list_images(paths):
     """List the photos of any folders or files: a DataFrame with ImageID and path, sorted.
 
-    Folders are searched recursively; hidden files are skipped. The ImageID is the path inside the
-    folder, or the whole path if several folders or files are given.
+    Folders are searched recursively, links are followed. What is left out is counted in a log
+    line. The ImageID is the path inside the folder, or the whole path if several folders or files
+    are given.
 
     Raises:
         InputError: for a path that does not exist, or if there is no photo.
     """
     paths = list(paths)
-    files = {}
+    files, left_out = {}, []
     for path in map(Path, paths):
         if path.is_dir():
-            found = (Path(root, name) for root, _, names in os.walk(path) for name in names)
-            for file in found:
-                inside = file.relative_to(path)
-                is_hidden = any(part.startswith(".") for part in inside.parts)
-                if file.suffix.lower() in IMAGE_SUFFIXES and not is_hidden:
-                    files[str(file if len(paths) > 1 else inside)] = str(file)
+            for file in _walk(path, left_out):
+                inside = os.path.relpath(file, path)
+                reason = why_left_out(file, os.path.isfile(file))
+                if any(map(is_tool_name, Path(inside).parts)):
+                    # A photo there is counted; other files have nothing to do with photos.
+                    reason = "" if reason else "hidden, or made by another program"
+                    left_out += [(file, reason)] if reason else []
+                elif reason:
+                    left_out.append((file, reason))
+                else:
+                    files[file if len(paths) > 1 else inside] = file
         elif path.is_file():
             files[str(path)] = str(path)
         else:
             raise InputError(f"--data_dir {path}: no such file or folder")
+    log_left_out(left_out)
     if not files:
         raise InputError(f"--data_dir {paths[0]}: no images in it; expected "
                          f"{', '.join(IMAGE_SUFFIXES)}")
@@ -181,90 +208,134 @@ def list_images(paths):
     return pd.DataFrame(rows, columns=["ImageID", "path"])
 
 
-def read_table(path, columns, key=None):
-    """Read a csv file as a DataFrame of strings.
+def _walk(folder, unreadable=None):
+    """Yield all files below a folder; of a loop of links nothing twice.
 
-    Raises:
-        InputError: if the file is not a csv file, has no rows or lacks one of the columns, or if
-            a value in the column `key` is repeated.
+    Folders that cannot be read are added to the list `unreadable`, as pairs (path, reason).
     """
-    expected = ",".join(columns)
-    try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); expected a csv file"
-                         ) from None
-    except (UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise InputError(f"{path}: not a csv text file ({as_one_line(error)}); expected columns "
-                         f"{expected}") from None
-    missing = [column for column in columns if column not in table.columns]
-    if missing:
-        found = ",".join(map(str, table.columns))[:200]
-        raise InputError(f"{path}: no column {missing[0]!r}; found {found}, expected {expected}")
-    if table.empty:
-        raise InputError(f"{path}: no rows; expected at least one below the column names")
-    if key and table[key].duplicated().any():
-        value = table[key][table[key].duplicated()].iloc[0]
-        raise InputError(f"{path}: {key} {value!r} is repeated; expected each {key} once")
-    return table
+    visited, unreadable = set(), [] if unreadable is None else unreadable
+    for root, folders, names in os.walk(
+            folder, followlinks=True,
+            onerror=lambda error: unreadable.append((error.filename, "a folder without access"))):
+        # Real folders first: a photo is named by its own folder, not by a link to it.
+        folders.sort(key=lambda name: (os.path.islink(os.path.join(root, name)), name))
+        real = os.path.realpath(root)
+        if real in visited:
+            folders.clear()
+            continue
+        visited.add(real)
+        yield from (os.path.join(root, name) for name in names)
 
 
-def _read_people(csv):
-    people = read_table(csv, ["gender", "age", "path"], key="path")
-    people = people.sort_values("path", ignore_index=True)
+# Folders and files that other programs leave beside photos: Synology, macOS, Jupyter, Windows, ...
+TOOL_NAMES = {"@eaDir", "#recycle", "__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini",
+              "$RECYCLE.BIN", "System Volume Information"}
+ODD_FORMATS = {".heic": "convert to JPEG", ".heif": "convert to JPEG", ".avif": "needs Pillow 11.3",
+               ".jxl": "convert to JPEG", ".dng": "convert to JPEG"}
+
+
+def is_tool_name(name):
+    """Return whether a file or folder is hidden, or another program's own."""
+    return name.startswith(".") or name in TOOL_NAMES
+
+
+def why_left_out(path, is_file):
+    """Return why a path in a folder is not read as a photo, or ""."""
+    suffix = os.path.splitext(path)[1].lower()
+    if is_file and suffix in IMAGE_SUFFIXES:
+        return ""
+    if not os.path.exists(path):
+        return "a link to nowhere"
+    if not is_file:
+        return "a folder" if os.path.isdir(path) else "not a file"
+    hint = f" ({ODD_FORMATS[suffix]})" if suffix in ODD_FORMATS else ""
+    return f"{suffix or 'no suffix'}{hint}"
+
+
+def log_left_out(left_out):
+    """Log one line for the files that are left out; pairs of (file, reason)."""
+    if left_out:
+        counts = Counter(reason for _, reason in left_out)
+        reasons = ", ".join(
+            f"{count} x {reason}, such as {min(path for path, why in left_out if why == reason)}"
+            for reason, count in sorted(counts.items()))
+        log.warning(f"warning: files left out: {reasons}")
+
+
+# --- people and their photos ---
+
+def _read_people(table):
+    people = read_table(table, ["gender", "age", "path"], key="path")
+    people = people.assign(gender=people.gender.str.strip().str.lower(),
+                           age=people.age.str.strip().str.removesuffix(".0"))
     for column, valid, expected in [
         ("gender", people.gender.isin(GENDERS), "male or female"),
         ("age", people.age.str.fullmatch(r"0?\d{1,2}|1[01]\d|120"), "whole years from 0 to 120"),
-        ("path", ~people.path.str.contains(r"[/\\\0]|^\.|^$"), "the name of a folder in images/"),
+        ("path", ~people.path.str.contains(r"[/\\\0]|^\."), "the name of a folder in images/"),
     ]:
         if not valid.all():
-            row = people[~valid].iloc[0]
-            raise InputError(f"{csv}: {column} {row[column]!r} of {row.path!r} is not valid; "
-                             f"expected {expected}")
-    return people.assign(years=people.age.astype(int))
+            line = people.index[~valid][0]
+            row = people.loc[line]
+            raise InputError(f"{table}, line {line}: {column} {row[column]!r} of {row.path!r} is "
+                             f"not valid; expected {expected}")
+    return people.assign(years=people.age.astype(int)).sort_values("path", ignore_index=True)
 
 
 def _list_photos(images, people):
     if not images.is_dir():
         raise InputError(f"{images}: no such folder; expected a folder for each person in "
                          f"train.csv")
-    folders = {entry.name for entry in os.scandir(images)
-               if entry.is_dir() and not entry.name.startswith(".")}
+    entries = {entry.name: os.path.isdir(entry.path) for entry in os.scandir(images)
+               if not is_tool_name(entry.name)}
+    folders = {name for name, is_dir in entries.items() if is_dir}
+    left_out = [(str(images / name), "not in a person's folder")
+                for name in entries.keys() - folders]
+    folder_of = {_normalized(name): name for name in folders}
+    folder_of = {path: path if path in folders else folder_of.get(_normalized(path))
+                 for path in people.path}
     # train.csv and the folders must list the same people.
-    csv, listed = images.parent / "train.csv", set(people.path)
-    for names, found, wanted in [(listed - folders, "train.csv", images),
-                                 (folders - listed, images, "train.csv")]:
+    table = images.parent / "train.csv"
+    for names, found, wanted in [
+        ([path for path, folder in folder_of.items() if folder is None], "train.csv", images),
+        (folders - set(folder_of.values()), images, "train.csv"),
+    ]:
         if names:
-            raise InputError(f"{csv} does not match the folders: {min(names)!r} is in {found} but "
-                             f"not in {wanted} ({len(names)} in all); expected one line per "
+            raise InputError(f"{table} does not match the folders: {min(names)!r} is in {found} "
+                             f"but not in {wanted} ({len(names)} in all); expected one line per "
                              f"folder")
+    shared = {folder for folder, count in Counter(folder_of.values()).items() if count > 1}
+    if shared:
+        raise InputError(f"{table}: two rows name the folder {min(shared)!r}; expected one")
     # One file per shot, whatever its suffix.
-    rows, incomplete, ignored = [], [], []
+    rows, incomplete = [], []
     for person in people.itertuples():
-        shots = {}
+        folder, shots = images / folder_of[person.path], {}
         # Sorted: if one shot has two files, every machine takes the same one.
-        for entry in sorted(os.scandir(images / person.path), key=lambda entry: entry.name):
-            shot, suffix = os.path.splitext(entry.name)
-            if entry.name.startswith(".") or not entry.is_file():
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if is_tool_name(entry.name):
                 continue
-            if shot not in MASK_OF_SHOT or suffix.lower() not in IMAGE_SUFFIXES or shot in shots:
-                ignored.append(entry.path)
-                continue
-            shots[shot] = entry.path
+            shot = os.path.splitext(entry.name)[0]
+            reason = why_left_out(entry.path, os.path.isfile(entry.path))
+            if not reason and shot in shots:
+                reason = "a second file of a shot"
+            if not reason and shot not in MASK_OF_SHOT:
+                reason = "not one of the seven shots"
+            if reason:
+                left_out.append((entry.path, reason))
+            else:
+                shots[shot] = entry.path
         if len(shots) < len(MASK_OF_SHOT):
             incomplete.append(person.path)
         gender = GENDERS.index(person.gender)
         rows += [(path, person.path, shot, person.years, MASK_OF_SHOT[shot], gender)
                  for shot, path in sorted(shots.items())]
+    log_left_out(left_out)
     if not rows:
         raise InputError(f"{images}: no photos in its {len(people)} folders; expected "
                          f"<person>/mask1.jpg and so on")
     if incomplete:
-        log.warning(f"warning: {len(incomplete)} people have fewer than 7 shots, such as "
+        log.warning(f"warning: people with fewer than 7 shots: {len(incomplete)}, such as "
                     f"{incomplete[0]}; the shots that exist are used")
-    if ignored:
-        log.warning(f"warning: {len(ignored)} files are not one of the seven shots, such as "
-                    f"{ignored[0]}; they are not used")
     return pd.DataFrame(rows, columns=["path", "person", "shot", "years", "mask", "gender"])
 
 

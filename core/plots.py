@@ -68,7 +68,7 @@ def save_mistakes_sheet(predictions, paths, path, count=24):
     """Write a sheet of the photos whose true class got the lowest probability.
 
     Args:
-        predictions: table with label, ans and p0..p17, one row per photo.
+        predictions: table with ImageID, label, ans and p0..p17, one row per photo.
         paths: the paths of those photos.
         path: the PNG to write.
     """
@@ -77,7 +77,8 @@ def save_mistakes_sheet(predictions, paths, path, count=24):
     # Of the wrong predictions, those with the lowest probability of the true class.
     wrong = np.flatnonzero(labels != answers)
     worst = wrong[np.argsort(probabilities[wrong, labels[wrong]], kind="stable")][:count]
-    captions = [f"true: {CLASS_NAMES[labels[i]]}\npredicted: {CLASS_NAMES[answers[i]]}"
+    names = predictions.ImageID.to_numpy()
+    captions = [f"{names[i]}\ntrue: {CLASS_NAMES[labels[i]]}\npredicted: {CLASS_NAMES[answers[i]]}"
                 for i in worst]
     if captions:
         save_photo_sheet([read_image(paths[i]) for i in worst], captions, path)

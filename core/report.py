@@ -6,13 +6,14 @@ import shutil
 import time
 
 import numpy as np
-import pandas as pd
 from tqdm import tqdm
 
 from core import distributed
 from core.checkpoint import find_checkpoint, step_of
-from core.labels import CLASS_NAMES, NUM_CLASSES
+from core.cli import script
+from core.labels import CLASS_NAMES, NUM_CLASSES, PROBABILITIES
 from core.plots import save_confusion_matrix, save_mistakes_sheet
+from core.tables import read_table
 
 log = logging.getLogger("mask")
 
@@ -22,7 +23,7 @@ VALID_METRICS = ("log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "ag
 def describe_data(train_photos, valid_photos, class_weight):
     """Log the size of training and validation, the class counts and the class weights."""
     for name, photos in [("training", train_photos), ("validation", valid_photos)]:
-        log.info(f"{name}: {photos.person.nunique()} people, {len(photos)} photos")
+        log.info(f"{name}: people {photos.person.nunique()}, photos {len(photos)}")
     counts = np.bincount(train_photos.label, minlength=NUM_CLASSES)
     log.info(f"class counts: {' '.join(map(str, counts))}")
     if class_weight is not None:
@@ -66,7 +67,7 @@ class Reporter:
             # Slow to import: errors in flags or data come first.
             from torch.utils.tensorboard import SummaryWriter
             purge_step = state.step + 1 if state.step else None
-            self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+            self.writer = SummaryWriter(str(output_dir), purge_step=purge_step)
         self.restart_clock()
 
     def restart_clock(self):
@@ -103,7 +104,7 @@ class Reporter:
                 line += f"  {name.replace('_', ' ')} {metrics[name]:.4f}"
                 self.writer.add_scalar(f"valid/{name}", metrics[name], step)
             for name, value in zip(CLASS_NAMES, metrics["class_f1"], strict=True):
-                self.writer.add_scalar(f"class_f1/{name}", value, step)
+                self.writer.add_scalar(f"valid_class_f1/{name}", value, step)
         self.progress.clear()
         log.info(f"{line}  -> {folder}")
 
@@ -130,7 +131,10 @@ class Reporter:
         best = find_checkpoint(self.output_dir)
         self._write_log()
         if len(valid_photos):
-            table = pd.read_csv(shutil.copy(best / "valid_predictions.csv", self.output_dir))
+            file = shutil.copyfile(best / "valid_predictions.csv",
+                                   self.output_dir / "valid_predictions.csv")
+            table = read_table(file, []).astype(dict.fromkeys(["label", "ans"], int) |
+                                                dict.fromkeys(PROBABILITIES, float))
             labels, answers = table.label.to_numpy(), table["ans"].to_numpy()
             score, low, high = summarize(labels, answers, table.person)
             log.info(f"best macro F1 {score:.4f} at step {step_of(best)}, the best of "
@@ -142,4 +146,4 @@ class Reporter:
         else:
             log.info(f"trained on everyone, without validation, for {self.state.step} steps")
         path = str(best) if best.is_absolute() else f"./{best}"
-        log.info(f"next: python inference.py --model_dir={shlex.quote(path)}")
+        log.info(f"next: {script('inference.py')} --model_dir={shlex.quote(path)}")

@@ -13,6 +13,7 @@ except ImportError:  # Windows: results folders are not locked
 
 from core import distributed
 from core.checkpoint import (
+    is_checkpoint,
     list_checkpoints,
     read_trainer_state,
     read_training_state,
@@ -30,7 +31,7 @@ NUM_TRAINING_STATES = 2  # checkpoints that keep training_state.pt
 RESUMABLE = {"data_dir", "output_dir", "resume", "overwrite", "num_workers", "log_interval",
              "keep_last", "device", "valid_batch_size", "patience"}
 # What a run writes beside its checkpoints.
-RUN_FILES = ("tensorboard", "args.txt", "log.jsonl", "valid_predictions.csv",
+RUN_FILES = ("events.out.tfevents.*", "args.txt", "log.jsonl", "valid_predictions.csv",
              "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png")
 
 
@@ -40,18 +41,33 @@ def check_output_dir(output_dir, resume, overwrite, argv):
     Raises:
         InputError: if not; the message has a ready command with another folder.
     """
+    if os.fsencode(output_dir).decode("utf-8", "replace") != str(output_dir):
+        raise InputError(f"--output_dir {output_dir}: its name is not UTF-8, which TensorBoard "
+                         f"cannot write; pass another folder")
     # The folder itself, or the nearest parent that exists.
     absolute = output_dir.absolute()
-    path = next(path for path in [absolute, *absolute.parents] if path.exists())
+    path = next(path for path in [absolute, *absolute.parents] if os.path.lexists(path))
     if not path.is_dir():
-        raise InputError(f"--output_dir {output_dir}: {path} is a file; expected a folder")
-    if list_checkpoints(output_dir) and not resume and not overwrite:
+        what = "a file" if path.exists() else f"a link to {os.readlink(path)}, which does not exist"
+        raise InputError(f"--output_dir {output_dir}: {path} is {what}; expected a folder")
+    # Files of another program must not be replaced. Every run writes .lock first.
+    checkpoints, files = list_checkpoints(output_dir), run_files(output_dir)
+    is_run = (output_dir / ".lock").exists() or any(map(is_checkpoint, checkpoints))
+    if (files or checkpoints) and not is_run:
+        raise InputError(f"--output_dir {output_dir}: holds {(files + checkpoints)[0].name}, which "
+                         f"is of no run; pass another folder")
+    if checkpoints and not resume and not overwrite:
         other = next(f"{output_dir}-{n}" for n in range(2, 1000)
                      if not Path(f"{output_dir}-{n}").exists())
-        command = shlex.join([*argv, "--output_dir", other])
+        command = shlex.join([*argv, f"--output_dir={other}"])
         raise InputError(f"--output_dir {output_dir}: already holds a run; pass --resume to "
                          f"continue it, --overwrite to delete it, or run: "
-                         f"{distributed.launcher()} train.py {command}")
+                         f"{distributed.launch('train.py')} {command}")
+
+
+def run_files(output_dir):
+    """Return what a run wrote in its folder beside the checkpoints."""
+    return [path for pattern in RUN_FILES for path in sorted(output_dir.glob(pattern))]
 
 
 def open_output_dir(output_dir, resume, overwrite, argv):
@@ -63,6 +79,7 @@ def open_output_dir(output_dir, resume, overwrite, argv):
     Raises:
         InputError: if another run is writing in it, and as `check_output_dir`.
     """
+    check_output_dir(output_dir, resume, overwrite, argv)
     output_dir.mkdir(parents=True, exist_ok=True)
     lock = open(output_dir / ".lock", "a")  # noqa: SIM115  (it stays open)
     try:
@@ -81,7 +98,8 @@ def open_output_dir(output_dir, resume, overwrite, argv):
     for leftover in output_dir.glob(".checkpoint-*.tmp"):  # of a killed run
         delete(leftover)
     if overwrite:  # delete what the old run wrote, and nothing else
-        for path in [*list_checkpoints(output_dir), *(output_dir / name for name in RUN_FILES)]:
+        checkpoints = filter(is_checkpoint, list_checkpoints(output_dir))
+        for path in [*checkpoints, *run_files(output_dir)]:
             delete(path)
     return lock
 
@@ -105,6 +123,7 @@ def open_run(args, state, argv):
         if distributed.rank() == 0:
             lock = open_output_dir(output_dir, args.resume, args.overwrite, argv)
         training_state = resume_run(output_dir, state) if args.resume else None
+    args.weights = state.args["weights"]  # those that the run started from
     if len(set(distributed.all_gather_object(state.step))) > 1:
         raise InputError(f"--output_dir {output_dir}: the processes see different checkpoints; "
                          f"expected a folder that all machines share")
@@ -129,7 +148,7 @@ def write_args(args):
 def resume_command(argv):
     """Return the command that continues the run that was started with `argv`."""
     flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
-    return f"{distributed.launcher()} train.py {shlex.join([*flags, '--resume'])}"
+    return f"{distributed.launch('train.py')} {shlex.join([*flags, '--resume'])}"
 
 
 def resume_run(output_dir, state):
@@ -153,6 +172,8 @@ def resume_run(output_dir, state):
     epochs = before.args.get("epochs")
     for name, value in state.args.items():
         more_epochs = name == "epochs" and epochs is not None and value > epochs
+        if name == "weights":  # the file may be gone: the checkpoint has the weights
+            continue
         if name in before.args and before.args[name] != value and not more_epochs:
             old, new = (" ".join(format_flag(name, v)) for v in (before.args[name], value))
             raise InputError(f"--resume: this run had {old}, and {new} would change earlier "
@@ -162,6 +183,7 @@ def resume_run(output_dir, state):
                          "pass the --data_dir of this run, or another --output_dir")
     for name in ("step", "epoch", "best_step", "best_macro_f1", "history"):
         setattr(state, name, getattr(before, name))
+    state.args["weights"] = before.args.get("weights", state.args["weights"])
     log.info(f"resuming from {folder}")
     return training_state
 

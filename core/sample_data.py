@@ -5,7 +5,7 @@ light change. The true classes of the eval photos are in <root>/eval/answers.csv
 """
 import json
 import os
-import tempfile
+import secrets
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -34,8 +34,8 @@ def draw_sample_dataset(root, num_train=375, num_eval=100, seed=0):
     if _is_drawn(root, record):
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    temporary.chmod(0o755)  # mkdtemp's folders are closed to other users
+    temporary = root.with_name(f".{root.name}-{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         _draw_people(temporary, "train", 1, num_train, seed)
         _draw_people(temporary, "eval", FIRST_EVAL_PERSON, num_eval, seed)

@@ -1,14 +1,20 @@
 """Loading the weights of a backbone from a file, without running code from it."""
+import contextlib
+import logging
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 from torch import nn
 
 from core.errors import InputError, as_one_line
 from core.labels import NUM_CLASSES
+
+log = logging.getLogger("mask")
 
 
 def load_weights(model, path):
@@ -71,6 +77,36 @@ def is_reachable(url):
     """Return whether a server answers, with an error or not."""
     try:
         urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
-    except OSError as error:
+    except Exception as error:  # a server that does not speak HTTP raises exceptions of any class
         return isinstance(error, urllib.error.HTTPError)
     return True
+
+
+@contextlib.contextmanager
+def hub_access(needed):
+    """Use downloaded weights only if the hub cannot be reached: its client would try 50 seconds."""
+    before = huggingface_hub.constants.HF_HUB_OFFLINE
+    verbosity = huggingface_hub.logging.get_verbosity()
+    huggingface_hub.logging.set_verbosity_error()  # not a line for each time that it tries
+    if needed:
+        log.info("loading ImageNet weights, from the hub if they are not downloaded yet")
+        if not is_reachable(huggingface_hub.constants.ENDPOINT):
+            huggingface_hub.constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE = before
+        huggingface_hub.logging.set_verbosity(verbosity)
+
+
+def find_damaged_download(model_name):
+    """Return the hub's cache folder of a timm model if a weights file in it is damaged, or None."""
+    cfg = timm.get_pretrained_cfg(model_name, allow_unregistered=True)
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = cfg and cfg.hf_hub_id and huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, name)
+        if isinstance(path, str):
+            try:
+                read_tensors(path)
+            except InputError:
+                return Path(path).parents[2]
+    return None

@@ -3,6 +3,7 @@ import importlib
 import multiprocessing
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -26,7 +27,8 @@ os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')
 os.environ["OMP_NUM_THREADS"] = "1"
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "inference", "f1", "tools.ensemble",
-                                "torch.utils.tensorboard", "matplotlib.figure"])
+                                "torch.utils.tensorboard", "matplotlib.figure",
+                                "matplotlib.backends.backend_agg", "sklearn.metrics"])
 
 
 def docstring_backbone():
@@ -116,17 +118,35 @@ def trained(dataset, tmp_path_factory):
     return folder / "results"
 
 
-def start_command(name, argv, cwd, env):
-    """Start a command; return (process, files of its stdout and stderr)."""
+def parse_printed(line, cwd):
+    """Check that a printed command runs in the folder `cwd`; return (name of the script, argv)."""
+    python, script, *argv = shlex.split(line)
+    assert Path(shutil.which(python)).parent == Path(sys.executable).parent
+    path = Path(cwd, script)
+    assert path.samefile(ROOT / path.name)
+    return path.stem, argv
+
+
+def run_printed(line, cwd, *more):
+    """Run a command as it was printed, with more flags, in the folder in which it was printed."""
+    name, argv = parse_printed(line, cwd)
+    return run_command(name, [*argv, *more], cwd, {})
+
+
+def start_command(name, argv, cwd, env, prepare=None):
+    """Start a command; return (process, files of its stdout and stderr).
+
+    `prepare` is a function of a test module, called in the process before the command starts.
+    """
     logs = [Path(cwd) / f".{name}.{stream}" for stream in ("out", "err")]
-    args = (name, list(map(str, argv)), str(cwd), env, list(map(str, logs)))
+    args = (name, list(map(str, argv)), str(cwd), env, list(map(str, logs)), prepare)
     process = context.Process(target=_child, args=args)
     process.start()
     return process, logs
 
 
-def run_command(name, argv, cwd, env):
-    process, logs = start_command(name, argv, cwd, env)
+def run_command(name, argv, cwd, env, prepare=None):
+    process, logs = start_command(name, argv, cwd, env, prepare)
     process.join(300)
     if process.exitcode is None:
         process.kill()
@@ -135,7 +155,7 @@ def run_command(name, argv, cwd, env):
     return SimpleNamespace(returncode=process.exitcode, stdout=stdout, stderr=stderr)
 
 
-def _child(name, argv, cwd, env, logs):
+def _child(name, argv, cwd, env, logs, prepare):
     os.environ.update({key: str(value) for key, value in env.items()})
     os.chdir(cwd)
     multiprocessing.set_start_method("fork", force=True)  # as in a process that a shell started
@@ -147,5 +167,7 @@ def _child(name, argv, cwd, env, logs):
             os.dup2(file.fileno(), stream)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if prepare:
+        prepare()
     from core.cli import run_cli
     run_cli(lambda: importlib.import_module(name).main(argv))

@@ -1,23 +1,18 @@
-"""Reading a dataset, the person split, crop and resize, augmentation, and the batches of a run."""
-import logging
+"""Class codes, the person split, crop and resize, augmentation, and the batches of a run."""
 import math
-import os
 import random
-import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_people, write_eval, write_train
-from PIL import Image
+from conftest import make_people
 from scipy.stats import norm
 
 from core import distributed
 from core.errors import InputError
-from core.images import read_image
 from core.labels import CLASS_NAMES, GENDERS, age_band, decode, encode
-from core.layout import read_eval, read_train
+from core.layout import read_train
 from core.prediction import predict
 from dataset import (
     AUGMENTATIONS,
@@ -35,8 +30,6 @@ from loss import soft_targets
 CPU = torch.device("cpu")
 
 
-# --- reading a dataset ---
-
 def test_class_code_by_the_task_statement():
     table = {(0, 0, 0): 0, (0, 0, 2): 2, (0, 1, 0): 3, (1, 0, 0): 6, (1, 1, 2): 11, (2, 0, 1): 13,
              (2, 1, 2): 17}
@@ -44,95 +37,6 @@ def test_class_code_by_the_task_statement():
         assert encode(*parts) == label and decode(label) == parts
     assert age_band([18, 29, 30, 59, 60, 75]).tolist() == [0, 0, 1, 1, 2, 2]
     assert CLASS_NAMES[10] == "incorrect, female, 30-59" and len(CLASS_NAMES) == 18
-
-
-@pytest.mark.parametrize("inside", ["", "train", "train/images", "eval", "eval/images"])
-def test_any_folder_of_the_dataset_is_accepted(dataset, inside, monkeypatch):
-    assert len(read_train(dataset / inside)) == 24 * 7
-    assert len(read_eval(dataset / inside)) == 20
-    monkeypatch.chdir(dataset / inside)
-    assert len(read_train(".")) == 24 * 7 and len(read_eval(".")) == 20
-
-
-def test_hidden_files_other_suffixes_and_repeated_ids_are_handled(tmp_path):
-    people = ["003397_male_Asian_20", "003397_female_Asian_61", "001498-1_male_Asian_23"]
-    root = write_train(tmp_path, people)
-    images = root / "train" / "images"
-    for folder in images.iterdir():  # macOS writes such files beside the photos
-        for photo in list(folder.iterdir()):
-            (folder / f"._{photo.name}").write_bytes(b"\0\5\26\7 not an image")
-    (images / "._003397_male_Asian_20").write_bytes(b"x")
-    shutil.copytree(images / people[0], images / ".trash")
-    Image.open(images / people[0] / "mask1.jpg").save(images / people[0] / "mask1.png")
-    (images / people[0] / "mask1.jpg").unlink()
-    (images / people[0] / "mask2.jpg").rename(images / people[0] / "mask2.jpeg")
-    (images / people[1] / "Thumbs.db").write_bytes(b"x")
-    photos = read_train(root)
-    assert len(photos) == 21 and photos.person.nunique() == 3
-    assert not photos.path.str.contains("/._", regex=False).any()
-    names = sorted(photos[photos.person == people[0]].path.map(os.path.basename))
-    assert names[1:3] == ["mask1.png", "mask2.jpeg"]
-    assert photos[photos.person == people[1]].label.tolist() == [11, 5, 5, 5, 5, 5, 17]
-
-
-def test_missing_shots_are_a_warning(tmp_path, caplog):
-    root = write_train(tmp_path, make_people(3))
-    (root / "train" / "images" / make_people(3)[0] / "normal.jpg").unlink()
-    with caplog.at_level(logging.WARNING):
-        assert len(read_train(root)) == 20
-    assert make_people(3)[0] in caplog.text
-
-
-def original(n=2700):
-    """Return the people of a dataset that is recognized as the competition's."""
-    people = [f"{i:06d}_male_Asian_19" for i in range(2, 2700)]
-    people = ["000001_female_Asian_45", *people, "006959_male_Asian_19"]
-    replace = {f"{i:06d}_male_Asian_19": f"{i + 4000:06d}_male_Asian_19"
-               for i in range(2356, 2365)}
-    replace |= {"002359_male_Asian_19": "006359_female_Asian_18",
-                "000020_male_Asian_19": "000020_female_Asian_50",
-                "000021_male_Asian_19": "004432_female_Asian_43",
-                "000022_male_Asian_19": "001498-1_male_Asian_23"}
-    return sorted(replace.get(person, person) for person in people)[:n]
-
-
-def test_known_wrong_labels_are_fixed_only_in_the_original(tmp_path, caplog):
-    root = tmp_path
-    rows = [dict(zip(["id", "gender", "race", "age"], person.split("_"), strict=True), path=person)
-            for person in original()]
-    for row in rows:
-        folder = root / "train" / "images" / row["path"]
-        folder.mkdir(parents=True)
-        for shot in ("mask1", "incorrect_mask", "normal"):
-            (folder / f"{shot}.jpg").write_bytes(b"")
-    pd.DataFrame(rows).to_csv(root / "train" / "train.csv", index=False)
-    with caplog.at_level(logging.INFO, logger="mask"):
-        fixed, not_fixed = read_train(root), read_train(root, fix_labels=False)
-    changed = fixed[fixed.label != not_fixed.label]
-    assert set(changed.person) == {"006359_female_Asian_18", "001498-1_male_Asian_23",
-                                   "000020_female_Asian_50"}
-    assert fixed[fixed.person == "006359_female_Asian_18"].gender.tolist() == [0, 0, 0]
-    assert fixed[fixed.person == "001498-1_male_Asian_23"].gender.tolist() == [1, 1, 1]
-    swapped = fixed[fixed.person == "000020_female_Asian_50"].set_index("shot")["mask"]
-    assert swapped.to_dict() == {"incorrect_mask": 2, "mask1": 0, "normal": 1}
-    assert caplog.text.count("label fixed") == 3
-    # One person fewer is another dataset: nothing is changed.
-    pd.DataFrame(rows[:-2] + rows[-1:]).to_csv(root / "train" / "train.csv", index=False)
-    shutil.rmtree(root / "train" / "images" / rows[-2]["path"])
-    assert (read_train(root).label == read_train(root, fix_labels=False).label).all()
-
-
-def test_submission_order_is_info_order(tmp_path):
-    root = write_eval(tmp_path)
-    ids = pd.read_csv(root / "eval" / "info.csv").ImageID.tolist()
-    assert read_eval(root).ImageID.tolist() == ids != sorted(ids)
-
-
-def test_links_to_folders_are_followed(tmp_path, dataset):
-    (tmp_path / "train").mkdir()
-    (tmp_path / "train" / "images").symlink_to(dataset / "train" / "images")
-    shutil.copy(dataset / "train" / "train.csv", tmp_path / "train")
-    assert len(read_train(tmp_path)) == 168
 
 
 # --- person split ---
@@ -183,55 +87,13 @@ def test_too_few_people():
         split_people(people_table(2), val_ratio=0.2)
 
 
-# --- decoding ---
-
-def test_all_colour_modes_are_converted_to_the_same_rgb(tmp_path):
-    ramp = np.tile(np.linspace(40, 200, 32).astype(np.uint8), (32, 1))
-    gray = Image.fromarray(ramp)
-    rgb = np.stack([ramp] * 3, axis=2)
-    variants = {"gray.png": gray, "rgb.png": Image.fromarray(rgb),
-                "alpha.png": Image.fromarray(rgb).convert("RGBA"), "la.png": gray.convert("LA"),
-                "palette.png": gray.convert("P"),
-                "16bit.png": Image.fromarray(ramp.astype(np.uint16) * 257),
-                "cmyk.jpg": Image.fromarray(rgb).convert("CMYK")}
-    for name, image in variants.items():
-        options = {"quality": 100, "subsampling": 0} if name.endswith("jpg") else {}
-        image.save(tmp_path / name, **options)
-        read = read_image(tmp_path / name).astype(int)
-        assert read.shape == (32, 32, 3), name
-        assert abs(read - rgb).max() <= 4, name
-
-
-def test_exif_rotation_is_applied(tmp_path):
-    pixels = np.zeros((20, 40, 3), np.uint8)
-    pixels[:, :20] = 250
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
-    read = read_image(tmp_path / "a.jpg")
-    assert read.shape == (40, 20, 3) and read[:15].mean() > 240 and read[25:].mean() < 10
-
+# --- crop, resize and augmentation ---
 
 def smooth_photo(height, width):
     y, x = np.mgrid[:height, :width] / 40
     waves = np.stack([np.sin(x + y), np.cos(x - y), np.sin(2 * x)], axis=2)
     return (127 + 120 * waves).astype(np.uint8)
 
-
-def test_a_large_jpeg_is_decoded_no_smaller_than_asked_and_as_pillow_does(tmp_path):
-    Image.fromarray(smooth_photo(400, 320)).save(tmp_path / "a.jpg", quality=95)
-    pillow = Image.open(tmp_path / "a.jpg").convert("RGB")
-    for min_size, shape in [((math.inf, math.inf), (400, 320)), ((201, 100), (400, 320)),
-                            ((200, 160), (200, 160)), ((100, 60), (100, 80)), ((1, 1), (50, 40))]:
-        read = read_image(tmp_path / "a.jpg", min_size)
-        assert read.shape == (*shape, 3)
-        expected = np.asarray(pillow.resize(shape[::-1], Image.Resampling.BOX))
-        assert np.abs(read.astype(int) - expected).mean() < 3
-    whole = read_image(tmp_path / "a.jpg").astype(int)
-    assert np.abs(whole - np.asarray(pillow)).max() <= 2
-
-
-# --- crop, resize and augmentation ---
 
 def test_crop_and_resize_by_hand():
     pixels = np.arange(40 * 20, dtype=np.float64).reshape(40, 20) % 251

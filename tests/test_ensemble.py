@@ -44,11 +44,16 @@ def test_output_has_weights_and_differences_and_the_inference_command(command, t
     labels, people = np.tile(np.arange(18), 20), np.repeat([f"p{i}" for i in range(20)], 18)
     good = write_member(tmp_path / "good", labels, people, 3, rng)
     other = write_member(tmp_path / "other", labels, people, 2.5, rng)
-    result = command("tools.ensemble", "good", "other")
+    # A member that is never better gets no weight, and is not in the command.
+    table = pd.read_csv(tmp_path / "good/valid_predictions.csv")
+    (tmp_path / "worse").mkdir()
+    table[PROBABILITIES] /= 2
+    table.to_csv(tmp_path / "worse/valid_predictions.csv", index=False)
+    result = command("tools.ensemble", "good", "worse", "other")
     assert result.returncode == 0, result.stderr
     assert "360 photos of 20 people" in result.stdout
     differ = (good.argmax(1) != other.argmax(1)).mean()
-    assert re.search(rf"good +0\.0000 +{differ:.4f}", result.stdout)
+    assert re.search(rf"good +0\.0000 +0\.0000 +{differ:.4f}", result.stdout)
     found = re.search(r"--model_dir good other --model_weights (.*)", result.stdout)[1]
     weights = [float(weight) for weight in found.split()]
     assert sum(weights) == pytest.approx(1, abs=1e-3) and weights[0] > weights[1] > 0

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-from conftest import FAST
+from conftest import FAST, run_printed
 from PIL import Image
 
 from core.checkpoint import find_checkpoint
@@ -53,8 +53,7 @@ def test_submission_for_the_eval_part_of_the_training_data(command, trained, dat
     assert table.ImageID.tolist() == pd.read_csv(dataset / "eval" / "info.csv").ImageID.tolist()
     assert table["ans"].between(0, 17).all() and table["ans"].dtype == np.int64
     # The command that it prints works as it is.
-    name, paths = re.search(r"score it: python (\S+).py (.*)", out).groups()
-    result = command(name, *paths.split())
+    result = run_printed(re.search(r"score it: (.*)", out)[1], tmp_path)
     assert result.returncode == 0 and "macro F1" in result.stdout
 
 

@@ -1,14 +1,13 @@
 """Runs that are killed or stopped at chosen moments, and end as if nothing had happened."""
 import os
 import re
-import shlex
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from conftest import FAST, run_command, start_command
+from conftest import FAST, parse_printed, run_command, start_command
 
 from core.checkpoint import list_checkpoints
 
@@ -138,10 +137,10 @@ def test_a_stop_signal_writes_a_checkpoint_and_gives_the_command_to_resume(datas
     assert stopped != "checkpoint-6"
     assert not (tmp_path / "results" / stopped / "valid_predictions.csv").exists()
     out = (tmp_path / ".train.out").read_text()
-    given = re.search(r"stopped at step (\d+)/17; resume with: python train.py (.*)", out)
+    given = re.search(r"stopped at step (\d+)/17; resume with: (.*)", out)
     assert stopped == f"checkpoint-{given[1]}"
-    *flags, last = shlex.split(given[2])
-    assert last == "--resume"
+    name, (*flags, last) = parse_printed(given[2], tmp_path)
+    assert name == "train" and last == "--resume"
     assert f"resuming from results/{stopped}" in resume(dataset, tmp_path, whole, *flags)
 
 

@@ -2,23 +2,19 @@
 
     python -m tools.check_data DIR     # exit status 0: no problem, 1: problems, 2: cannot be read
 """
-import logging
 import sys
 
 import numpy as np
 import pandas as pd
 
-from core.cli import ArgumentParser, run_cli
+from core.cli import ArgumentParser, restores_process, run_cli
 from core.images import check_images
 from core.labels import CLASS_NAMES, NUM_CLASSES
 from core.layout import find_part, list_images, read_eval, read_train
 
-log = logging.getLogger("mask")
 
-
+@restores_process
 def main(argv=None):
-    logging.basicConfig(format="%(message)s", stream=sys.stdout, force=True)
-    log.setLevel(logging.INFO)
     photos = read_parts(parse_args(argv).data_dir)
     photos = photos.join(check_images(photos.path))
     print(describe(photos))

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from core.cli import ArgumentParser, run_cli
+from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
 from core.labels import PROBABILITIES
 from f1 import bootstrap_interval, macro_f1, read_pooled
@@ -50,11 +50,11 @@ def main(argv=None):
         print(f"{name}: macro F1 {score:.4f}, {score - max(scores):+.4f} against the best member "
               f"({low:+.4f} .. {high:+.4f})")
     # The folds of a member share its weight.
-    folders = [shlex.quote(str(folder)) for folders in runs for folder in folders]
-    shares = [f"{weight / len(folders):.4f}"
-              for weight, folders in zip(weights, runs, strict=True) for _ in folders]
-    print(f"next: python inference.py --model_dir {' '.join(folders)} "
-          f"--model_weights {' '.join(shares)}")
+    shares = {shlex.quote(str(folder)): f"{weight / len(folders):.4f}"
+              for weight, folders in zip(weights, runs, strict=True) for folder in folders}
+    shares = {folder: share for folder, share in shares.items() if float(share)}
+    print(f"next: {script('inference.py')} --model_dir {' '.join(shares)} "
+          f"--model_weights {' '.join(shares.values())}")
 
 
 def mixture_weights(likelihood, num_steps=1000):

@@ -10,7 +10,8 @@ import shlex
 from pathlib import Path
 
 from core.checkpoint import find_checkpoint
-from core.cli import ArgumentParser, run_cli
+from core.cli import ArgumentParser, run_cli, script
+from core.files import check_output
 from core.onnx_model import export_onnx
 from model import load_model
 
@@ -19,10 +20,10 @@ def main(argv=None):
     args = parse_args(argv)
     checkpoint = find_checkpoint(args.model_dir)
     path = Path(args.output or checkpoint / "model.onnx")
+    check_output(path)
     difference = export_onnx(*load_model(checkpoint), checkpoint, path)
-    print(f"wrote {path}: {path.stat().st_size / 1e6:.1f} MB, probabilities within "
-          f"{difference:.1e} of torch's")
-    print(f"next: python inference.py --model_dir={shlex.quote(args.model_dir)} "
+    print(f"wrote {path}: probabilities within {difference:.1e} of torch's")
+    print(f"next: {script('inference.py')} --model_dir={shlex.quote(args.model_dir)} "
           f"--engine onnxruntime")
 
 
