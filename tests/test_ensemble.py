@@ -7,7 +7,7 @@ import pytest
 from scipy.optimize import minimize_scalar
 
 from core.labels import PROBABILITIES
-from tools.ensemble import mixture_weights
+from tools.ensemble import majority_vote, mixture_weights
 
 
 def write_member(folder, labels, people, sharpness, rng):
@@ -72,3 +72,55 @@ def test_members_must_have_held_out_the_same_photos(command, tmp_path):
     assert "two/fold-0: other photos were held out than by one/fold-0" in result.stderr
     result = command("tools.ensemble", "none")
     assert result.returncode == 2 and "none: no valid_predictions.csv" in result.stderr
+
+
+def test_a_tie_is_decided_by_mask_gender_and_age_and_then_by_the_first_member():
+    # class = mask * 6 + gender * 3 + age; one column per photo, one row per member.
+    answers = np.array([
+        [7, 0, 0, 17, 5],
+        [7, 4, 17, 0, 8],
+        [1, 7, 0, 0, 5],
+        [2, 16, 17, 17, 17],
+    ])
+    # 7 and 5: two of four. Mask, gender, age of the second photo: (0,0,0) (0,1,1) (1,0,1) (2,1,1);
+    # mask 0, gender of the first member, age 1: a class that nobody predicted. Two against two in
+    # every attribute: the first member.
+    assert [list(part) if np.ndim(part) else part for part in majority_vote(answers)] == [
+        [7, 1, 0, 17, 5], 3]
+    # Mask 0 and 2 are tied, gender 1 and age 2 are not.
+    assert list(majority_vote(np.array([[4], [17], [5], [14]]))[0]) == [5]
+
+
+def write_submission(path, ids, answers):
+    pd.DataFrame({"ImageID": ids, "ans": answers}).to_csv(path, index=False)
+
+
+def test_vote_over_submissions_in_any_order(command, tmp_path):
+    ids = ["007", "NA", "b.jpg", "a.jpg"]
+    write_submission(tmp_path / "one.csv", ids, [3, 3, 3, 3])
+    write_submission(tmp_path / "two.csv", ids[::-1], [9, 3, 4, 4])
+    write_submission(tmp_path / "three.csv", ids, [4, 5, 4, 9])
+    write_submission(tmp_path / "answers.csv", ids, [4, 4, 4, 4])
+    files = ["one.csv", "two.csv", "three.csv"]
+    result = command("tools.ensemble", *files, "--output", "out.csv")
+    assert result.returncode == 0, result.stderr
+    # 3 4 4; 3 4 5 is a tie, of the ages, too; 3 3 4; 3 9 9
+    assert (tmp_path / "out.csv").read_text() == "ImageID,ans\n007,4\nNA,3\nb.jpg,3\na.jpg,9\n"
+    assert "wrote out.csv: 4 photos, 1 ties" in result.stdout
+    assert re.search(r"two.csv +0\.7500 +0\.0000 +0\.5000 +0\.2500\n", result.stdout)
+    assert "f1.py out.csv answers.csv" in result.stdout
+    assert "accuracy 25.00%" in command("f1", "out.csv", "answers.csv").stdout
+
+    (tmp_path / "results").mkdir()
+    write_submission(tmp_path / "short.csv", ids[1:], [4, 5, 4])
+    for argv, message in [
+        (["one.csv", "short.csv"], "short.csv: 3 ImageIDs, not those of one.csv (4)"),
+        (["one.csv", "results"], "pass csv files only"),
+        (["results", "--output", "out.csv"], "pass csv files only"),
+        ([*files, "--output", "two.csv"], "two.csv: is one of the submissions"),
+        (["one.csv", "--output", "results"], "results: is a folder"),
+    ]:
+        result = command("tools.ensemble", *argv)
+        assert result.returncode == 2 and message in result.stderr, result.stderr
+    assert not (tmp_path / "vote.csv").exists()
+    assert len((tmp_path / "two.csv").read_text().splitlines()) == 5

@@ -1,8 +1,9 @@
-"""Find the weights of an ensemble's members on the photos that they held out.
+"""Find the weights of an ensemble's members on held-out photos, or vote over submissions.
 
     python -m tools.ensemble results/b4 results/vgg11    # each a run, or a folder with fold-*
+    python -m tools.ensemble one.csv two.csv three.csv   # submissions: writes vote.csv
 
-Shows how much the members differ, and prints the inference command with the weights.
+Shows how much the members differ. For runs it prints the inference command with the weights.
 """
 import shlex
 from pathlib import Path
@@ -12,12 +13,74 @@ import pandas as pd
 
 from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
-from core.labels import PROBABILITIES
-from f1 import bootstrap_interval, macro_f1, read_pooled
+from core.files import check_output, write_atomically
+from core.labels import NUM_CLASSES, PROBABILITIES, decode, encode
+from f1 import bootstrap_interval, macro_f1, read_answers, read_pooled
 
 
 def main(argv=None):
-    members = parse_args(argv).members
+    args = parse_args(argv)
+    files = [Path(member).is_file() for member in args.members]
+    if all(files):
+        vote_over_files(args.members, args.output or "vote.csv")
+    elif any(files) or args.output:
+        raise InputError("--output and csv files are for a vote; pass csv files only, or results "
+                         "folders without --output")
+    else:
+        weigh_runs(args.members)
+
+
+def vote_over_files(paths, output):
+    """Write the vote of submissions (csv files with ImageID and ans), and how much they differ.
+
+    Raises:
+        InputError: if they have different ids, and as `read_answers` and `check_output`.
+    """
+    if any(Path(output).exists() and Path(output).samefile(path) for path in paths):
+        raise InputError(f"--output {output}: is one of the submissions; choose another file")
+    check_output(output)
+    submissions = [read_answers(path)["ans"] for path in paths]
+    ids = submissions[0].index
+    for path, submission in zip(paths, submissions, strict=True):
+        if set(submission.index) != set(ids):
+            raise InputError(f"{path}: {len(submission)} ImageIDs, not those of {paths[0]} "
+                             f"({len(ids)}); expected submissions for the same photos")
+    answers = np.stack([submission.reindex(ids) for submission in submissions])
+    vote, num_ties = majority_vote(answers)
+    with write_atomically(output) as temporary:
+        pd.DataFrame({"ImageID": ids, "ans": vote}).to_csv(temporary, index=False)
+    print_differences([*paths, "the vote"], [*answers, vote])
+    print(f"wrote {output}: {len(ids)} photos, {num_ties} ties decided by mask, gender and age")
+    print(f"score it: {script('f1.py')} {shlex.quote(str(output))} answers.csv")
+
+
+def majority_vote(answers):
+    """Return (the class (N,) with the most votes, number of ties); answers (K, N) of 0..17.
+
+    In a tie mask, gender and age are voted on separately. In a tie there, the first member decides
+    that voted for one of the tied values.
+    """
+    def vote(values, size):
+        counts = (values[..., None] == np.arange(size)).sum(axis=0)  # (N, size)
+        photo, most = np.arange(len(counts)), counts.max(axis=1)
+        # The first member whose value has the most votes.
+        member = (counts[photo, values] == most).argmax(axis=0)
+        return values[member, photo], (counts == most[:, None]).sum(axis=1) > 1
+
+    classes, is_tied = vote(answers, NUM_CLASSES)
+    parts = [vote(values, 3)[0] for values in decode(answers)]  # up to 3 values each
+    return np.where(is_tied, encode(*parts), classes), int(is_tied.sum())
+
+
+def print_differences(members, answers):
+    """Print the fraction of the photos on which two members differ; answers: (N,) of each."""
+    differ = pd.DataFrame([[(a != b).mean() for b in answers] for a in answers], members, members)
+    print(f"\nfraction of the photos on which two members differ\n"
+          f"{differ.to_string(float_format='{:.4f}'.format)}\n")
+
+
+def weigh_runs(members):
+    """Print the weights of results folders, how much they differ, and what they are worth."""
     runs = [find_runs(member) for member in members]
     truth, probabilities = read_members(runs)
     labels, people = truth.label.to_numpy(), truth.person.to_numpy()
@@ -34,9 +97,7 @@ def main(argv=None):
         "log loss": -np.log(np.maximum(likelihood, 1e-12)).mean(axis=1),
         "differs from the vote": (answers != vote).mean(axis=1),
     }).to_string(index=False, float_format="{:.4f}".format))
-    differ = pd.DataFrame([[(a != b).mean() for b in answers] for a in answers], members, members)
-    print(f"\nfraction of the photos on which two members differ\n"
-          f"{differ.to_string(float_format='{:.4f}'.format)}\n")
+    print_differences(members, answers)
 
     # The vote, compared with the best member on the same people.
     best = answers[np.argmax(scores)]
@@ -128,8 +189,9 @@ def read_members(runs):
 
 def parse_args(argv=None):
     parser = ArgumentParser(prog="python -m tools.ensemble", description=__doc__.splitlines()[0])
-    parser.add_argument("members", nargs="+",
-                        help="results folders, or folders that hold the fold-* of a recipe")
+    parser.add_argument("members", nargs="+", help="results folders, folders that hold the fold-* "
+                                                   "of a recipe, or submissions (csv files)")
+    parser.add_argument("--output", metavar="CSV", help="the vote's file (default: vote.csv)")
     return parser.parse_args(argv)
 
 
