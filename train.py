@@ -129,7 +129,7 @@ def main(argv=None):
 
     describe_data(train_photos, valid_photos, class_weight)
     describe_run(args, trainer.model, device, total_steps)
-    reporter = Reporter(output_dir, state, total_steps, photos_per_step)
+    reporter = Reporter(output_dir, state, total_steps, train_photos, valid_photos, summarize)
     if distributed.rank() == 0:
         run_folder.write_args(args)
         save_inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png")
@@ -187,7 +187,7 @@ def main(argv=None):
 
     # The best checkpoint: its score with an interval, its figures, and the next command.
     reporter.close()
-    reporter.log_result(valid_photos, summarize)
+    reporter.log_result()
     distributed.cleanup()
 
 

@@ -103,7 +103,7 @@ def read_train(data_dir, fix_labels=True):
 
     Returns:
         DataFrame sorted by person and shot: path (str), person (folder name), shot, years,
-        mask 0..2, gender 0..1, age 0..2, label 0..17.
+        mask 0..2, gender 0..1, race (str, "" if train.csv has none), age 0..2, label 0..17.
 
     Raises:
         InputError: for a missing or empty folder, or a train.csv that cannot be read or does not
@@ -327,7 +327,8 @@ def _list_photos(images, people):
         if len(shots) < len(MASK_OF_SHOT):
             incomplete.append(person.path)
         gender = GENDERS.index(person.gender)
-        rows += [(path, person.path, shot, person.years, MASK_OF_SHOT[shot], gender)
+        race = getattr(person, "race", "").strip()
+        rows += [(path, person.path, shot, person.years, MASK_OF_SHOT[shot], gender, race)
                  for shot, path in sorted(shots.items())]
     log_left_out(left_out)
     if not rows:
@@ -336,7 +337,8 @@ def _list_photos(images, people):
     if incomplete:
         log.warning(f"warning: people with fewer than 7 shots: {len(incomplete)}, such as "
                     f"{incomplete[0]}; the shots that exist are used")
-    return pd.DataFrame(rows, columns=["path", "person", "shot", "years", "mask", "gender"])
+    columns = ["path", "person", "shot", "years", "mask", "gender", "race"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _is_original(people):

@@ -17,10 +17,59 @@ def save_confusion_matrix(labels, predictions, path):
 
     figure = Figure(figsize=(10, 10), dpi=90)
     axes = figure.add_axes((0.23, 0.23, 0.76, 0.76))
-    ConfusionMatrixDisplay.from_predictions(
+    display = ConfusionMatrixDisplay.from_predictions(
         labels, predictions, labels=range(len(CLASS_NAMES)), display_labels=CLASS_NAMES,
         normalize="true", xticks_rotation="vertical", values_format=".2f", cmap="Blues", ax=axes,
         colorbar=False, text_kw={"fontsize": 7})
+    for text in display.text_.flat:  # zeros only hide the others
+        text.set_visible(text.get_text() != "0.00")
+    figure.savefig(path)
+
+
+def save_curves(history, losses, path):
+    """Write a PNG of losses and macro F1 over the steps of a run.
+
+    Args:
+        history: the metrics of every evaluation, of which validation metrics may be missing.
+        losses: pairs (step, training loss), as many as there are.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(9, 3.5), dpi=90)
+    left, right = (figure.add_axes((x, 0.14, 0.43, 0.82)) for x in (0.05, 0.55))
+    steps = [metrics["step"] for metrics in history]
+    if losses:
+        left.plot(*zip(*losses, strict=True), color="lightgray")
+    for axes, name, label in [(left, "train_loss", "training loss, mean since the last evaluation"),
+                              (left, "log_loss", "validation log loss"),
+                              (right, "macro_f1", "validation macro F1")]:
+        if name in history[-1]:
+            axes.plot(steps, [metrics[name] for metrics in history], marker="o", label=label)
+    for axes in (left, right):
+        axes.set(xlabel="step", xlim=(0, steps[-1] * 1.05), ylim=(0, None))
+        axes.legend(*axes.get_legend_handles_labels(), loc="lower left", fontsize=8)
+    figure.savefig(path)
+
+
+def save_reliability(bins, path):
+    """Write a PNG of accuracy over confidence, with the number of photos in each bin.
+
+    Args:
+        bins: table with confidence, accuracy and photos, as `core.card.reliability` returns.
+        path: the PNG to write.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 4.5), dpi=90)
+    axes = figure.add_axes((0.13, 0.12, 0.84, 0.84))
+    axes.plot([0, 1], [0, 1], color="gray", linestyle="dotted")
+    axes.plot(bins.confidence, bins.accuracy, marker="o")
+    for row in bins.itertuples():
+        axes.annotate(row.photos, (row.confidence, row.accuracy), (4, -10), fontsize=7,
+                      textcoords="offset points")
+    axes.set(xlabel="confidence (probability of the predicted class)", xlim=(0, 1),
+             ylabel="accuracy of the photos with this confidence", ylim=(0, 1))
     figure.savefig(path)
 
 

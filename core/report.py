@@ -9,14 +9,17 @@ import numpy as np
 from tqdm import tqdm
 
 from core import distributed
+from core.card import write_card
 from core.checkpoint import find_checkpoint, step_of
 from core.cli import script
+from core.errors import as_one_line
 from core.labels import CLASS_NAMES, NUM_CLASSES, PROBABILITIES
 from core.plots import save_confusion_matrix, save_mistakes_sheet
 from core.tables import read_table
 
 log = logging.getLogger("mask")
 
+CARD_INTERVAL = 60  # seconds between two cards of a run, so that they take little of its time
 VALID_METRICS = ("log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1")
 
 
@@ -52,12 +55,18 @@ class Reporter:
         output_dir: the results folder.
         state: the `TrainerState`, which the training loop updates.
         total_steps: steps of the whole run.
-        photos_per_step: photos of one optimizer step, of all processes together.
+        train_photos, valid_photos: the tables of the photos; there may be no validation photos.
+        summarize: function of (labels, predictions, people) that returns macro F1 and the bounds
+            of its 95 % interval.
     """
 
-    def __init__(self, output_dir, state, total_steps, photos_per_step):
+    def __init__(self, output_dir, state, total_steps, train_photos, valid_photos, summarize):
         self.output_dir, self.state, self.total_steps = output_dir, state, total_steps
-        self.photos_per_step = photos_per_step
+        self.train_photos, self.valid_photos = train_photos, valid_photos
+        self.summarize = summarize
+        self.photos_per_step = state.args["batch_size"] * state.args["accumulation_steps"]
+        self.losses = []  # pairs (step, mean loss since the last pair)
+        self.card_time = time.perf_counter()
         self.is_main = distributed.rank() == 0
         # disable=None: a bar on a terminal, log lines elsewhere
         self.progress = tqdm(total=total_steps, initial=state.step, unit="step", desc="train",
@@ -81,6 +90,7 @@ class Reporter:
         self.restart_clock()
         if not self.is_main:
             return
+        self.losses.append((step, loss))
         for name, value in [("loss", loss), ("learning_rate", lr), ("images_per_second", speed)]:
             self.writer.add_scalar(f"train/{name}", value, step)
         if self.progress.disable:
@@ -90,7 +100,9 @@ class Reporter:
             self.progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s")
 
     def log_evaluation(self, folder):
-        """Report the newest evaluation: a log line, TensorBoard, and log.jsonl."""
+        """Report the newest evaluation: a log line, TensorBoard, log.jsonl, and if it is the best
+        the figures and the card.
+        """
         self.restart_clock()
         if not self.is_main:
             return
@@ -107,6 +119,10 @@ class Reporter:
                 self.writer.add_scalar(f"valid_class_f1/{name}", value, step)
         self.progress.clear()
         log.info(f"{line}  -> {folder}")
+        is_due = time.perf_counter() > self.card_time + CARD_INTERVAL
+        if is_due and step == self.state.best_step and step < self.total_steps:
+            self._write_card(folder, self._read_best(folder))
+            self.restart_clock()
 
     def close(self):
         self.progress.close()
@@ -118,32 +134,49 @@ class Reporter:
         lines = "".join(json.dumps(metrics) + "\n" for metrics in self.state.history)
         (self.output_dir / "log.jsonl").write_text(lines)
 
-    def log_result(self, valid_photos, summarize):
+    def log_result(self):
         """Report the best checkpoint: its score with interval, its figures, and the next command.
-
-        Args:
-            valid_photos: the table of the validation photos, maybe empty.
-            summarize: function of (labels, predictions, people) that returns macro F1 and the
-                bounds of its 95 % interval.
         """
         if not self.is_main:
             return
         best = find_checkpoint(self.output_dir)
         self._write_log()
-        if len(valid_photos):
-            file = shutil.copyfile(best / "valid_predictions.csv",
-                                   self.output_dir / "valid_predictions.csv")
-            table = read_table(file, []).astype(dict.fromkeys(["label", "ans"], int) |
-                                                dict.fromkeys(PROBABILITIES, float))
-            labels, answers = table.label.to_numpy(), table["ans"].to_numpy()
-            score, low, high = summarize(labels, answers, table.person)
+        result = self._read_best(best)
+        if result:
+            table, (score, low, high) = result
             log.info(f"best macro F1 {score:.4f} at step {step_of(best)}, the best of "
-                     f"{len(self.state.history)} evaluations on {len(labels)} photos of "
+                     f"{len(self.state.history)} evaluations on {len(table)} photos of "
                      f"{table.person.nunique()} people (95 % interval over people {low:.4f} .. "
                      f"{high:.4f}; choosing the best makes it a little too high)")
-            save_confusion_matrix(labels, answers, self.output_dir / "confusion_matrix.png")
-            save_mistakes_sheet(table, valid_photos.path, self.output_dir / "worst_mistakes.png")
         else:
             log.info(f"trained on everyone, without validation, for {self.state.step} steps")
+        self._write_card(best, result)
         path = str(best) if best.is_absolute() else f"./{best}"
         log.info(f"next: {script('inference.py')} --model_dir={shlex.quote(path)}")
+
+    def _read_best(self, folder):
+        """Return (predictions, (macro F1, low, high)) of the best checkpoint, or None."""
+        if not len(self.valid_photos):
+            return None
+        table = read_table(folder / "valid_predictions.csv", []).astype(
+            dict.fromkeys(["label", "ans"], int) | dict.fromkeys(PROBABILITIES, float))
+        labels, answers = table.label.to_numpy(), table["ans"].to_numpy()
+        return table, self.summarize(labels, answers, table.person)
+
+    def _write_card(self, folder, result):
+        """Write the figures and the card of the best checkpoint; `result` from `_read_best`."""
+        try:
+            if result:
+                table, _ = result
+                shutil.copyfile(folder / "valid_predictions.csv",
+                                self.output_dir / "valid_predictions.csv")
+                save_confusion_matrix(table.label, table["ans"],
+                                      self.output_dir / "confusion_matrix.png")
+                save_mistakes_sheet(table, self.valid_photos.path,
+                                    self.output_dir / "worst_mistakes.png")
+            write_card(self.output_dir, folder, self.state, self.losses, self.train_photos,
+                       self.valid_photos, result)
+        except Exception as error:  # training must not stop for them
+            log.warning(f"warning: {self.output_dir}: figures and README.md are incomplete "
+                        f"({type(error).__name__}: {as_one_line(error)})")
+        self.card_time = time.perf_counter()

@@ -32,7 +32,8 @@ RESUMABLE = {"data_dir", "output_dir", "resume", "overwrite", "num_workers", "lo
              "keep_last", "device", "valid_batch_size", "patience"}
 # What a run writes beside its checkpoints.
 RUN_FILES = ("events.out.tfevents.*", "args.txt", "log.jsonl", "valid_predictions.csv",
-             "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png")
+             "augmented_inputs.png", "confusion_matrix.png", "worst_mistakes.png", "curves.png",
+             "reliability.png", "README.md")
 
 
 def check_output_dir(output_dir, resume, overwrite, argv):

@@ -240,7 +240,7 @@ def test_files_and_log_lines_of_a_run(command, dataset, tmp_path):
     assert names == {
         ".lock", "checkpoint-5", "checkpoint-9", "events.out.tfevents", "args.txt", "log.jsonl",
         "augmented_inputs.png", "confusion_matrix.png", "valid_predictions.csv",
-        "worst_mistakes.png"}
+        "worst_mistakes.png", "curves.png", "reliability.png", "README.md"}
     assert {path.name for path in (folder / "checkpoint-5").iterdir()} == {
         *FILES, "config.json", "training_state.pt"}
     assert "training: people 19, photos 133\nvalidation: people 5, photos 35\n" in out
