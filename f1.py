@@ -97,11 +97,16 @@ def _drawn_macro_f1(labels, predictions, person, times_drawn):
     return (2 * hits / np.maximum(truths + guesses, 1)).mean(axis=1)
 
 
+def image_ids(photos):
+    """Return the ImageID of labelled photos: person/file name."""
+    return photos.person + "/" + photos.path.map(os.path.basename)
+
+
 def tabulate(photos, probabilities):
     """Return the predictions of labelled photos: ImageID, person, label, ans and p0..p17."""
     table = pd.DataFrame({
-        "ImageID": photos.person + "/" + photos.path.map(os.path.basename),
-        "person": photos.person, "label": photos.label, "ans": probabilities.argmax(axis=1)})
+        "ImageID": image_ids(photos), "person": photos.person, "label": photos.label,
+        "ans": probabilities.argmax(axis=1)})
     return table.join(pd.DataFrame(probabilities, columns=PROBABILITIES))
 
 

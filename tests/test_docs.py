@@ -10,6 +10,7 @@ from conftest import ROOT, docstring_backbone
 import f1
 import inference
 import tools.check_data
+import tools.check_labels
 import tools.ensemble
 import tools.export
 import tools.sample_data
@@ -19,8 +20,10 @@ DOCUMENTS = ["README.md", "README.ko.md", *sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 PARSERS = {
     "train.py": train.parse_args, "inference.py": inference.parse_args, "f1.py": f1.parse_args,
-    "tools.check_data": tools.check_data.parse_args, "tools.ensemble": tools.ensemble.parse_args,
-    "tools.export": tools.export.parse_args, "tools.sample_data": tools.sample_data.parse_args,
+    "tools.check_data": tools.check_data.parse_args,
+    "tools.check_labels": tools.check_labels.parse_args,
+    "tools.ensemble": tools.ensemble.parse_args, "tools.export": tools.export.parse_args,
+    "tools.sample_data": tools.sample_data.parse_args,
 }
 
 
