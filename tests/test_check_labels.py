@@ -1,5 +1,6 @@
 """tools.check_labels: planted label errors are found, ranked, and shown."""
 import re
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -62,6 +63,9 @@ def test_planted_errors_are_found_and_shown(command, dataset, tmp_path):
     assert list(table.prediction) == ["male", "<30", "not wear + incorrect", "female, >=60"]
     rest = 0.1 / 17  # the probability of each other class
     assert table.score["gender"] == pytest.approx(9 * rest, abs=1e-5)
+    below = NormalDist(int(people[2].split("_")[3]), 5).cdf(29.5)  # the true age, if the label errs
+    assert table.score["age"] == pytest.approx(
+        below * (0.9 + 5 * rest) + (1 - below) * 6 * rest, abs=2e-6)
     as_labelled, swapped = 6 * rest, 0.9 + 5 * rest
     assert table.score["swap"] == pytest.approx(
         as_labelled ** 2 / (as_labelled ** 2 + swapped ** 2), abs=1e-5)
