@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from timm.utils import ModelEmaV3
 from torch import nn
 
 from core import distributed, run_folder
@@ -43,7 +42,7 @@ from core.optim import create_optimizer, learning_rate, optimizer_name
 from core.plots import save_inputs_sheet
 from core.prediction import Normalize, predict, torch_predictor
 from core.report import Reporter, describe_data, describe_run
-from core.trainer import Trainer, check_finite, not_finite
+from core.trainer import Trainer, WeightAverage, check_finite, explain_out_of_memory, not_finite
 from dataset import (
     AUGMENTATIONS,
     SAMPLERS,
@@ -144,7 +143,8 @@ def main(argv=None):
     trainer.model.train()
     for step in range(state.step + 1, total_steps + 1):
         lr = learning_rate(step, total_steps, args.lr, args.warmup)
-        loss = train_step(trainer, islice(batches, args.accumulation_steps), step, lr)
+        with explain_out_of_memory(args.batch_size, args.accumulation_steps):
+            loss = train_step(trainer, islice(batches, args.accumulation_steps), step, lr)
         trainer.losses.append(loss)
         state.step = step
         state.epoch = round(step * photos_per_step / len(train_photos), 4)
@@ -220,7 +220,7 @@ def create_trainer(args, initial_weights, labels, class_weight, device):
         normalize=Normalize(*input_statistics(model)).to(device),
         criterion=LogitAdjustedLoss(criterion, labels, args.logit_adjustment).to(device),
         optimizer=optimizer, scaler=torch.amp.GradScaler(device.type, enabled=use_float16),
-        ema=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else None,
+        ema=WeightAverage(model, args.ema_decay) if args.ema_decay else None,
         device=device, amp=args.amp, clip_grad=args.clip_grad, seed=args.seed)
 
 
@@ -257,12 +257,12 @@ def train_step(trainer, batches, step, lr):
     for group in trainer.optimizer.param_groups:
         group["lr"] = lr
     trainer.scaler.unscale_(trainer.optimizer)
-    norm = nn.utils.clip_grad_norm_(trainer.model.parameters(), trainer.clip_grad or math.inf)
+    norm = nn.utils.clip_grad_norm_(trainer.parameters, trainer.clip_grad or math.inf)
     trainer.scaler.step(trainer.optimizer)
     trainer.scaler.update()
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.ema:
-        trainer.ema.update(trainer.model, step)
+        trainer.ema.update(step)
     # A gradient that is not finite makes the loss NaN, so that the run ends. With float16 such a
     # gradient is normal now and then, and the scaler skips the step.
     return loss if trainer.scaler.is_enabled() else loss + 0 * norm
@@ -384,9 +384,9 @@ def check_args(args):
     if not (is_resumed or args.weights in ("imagenet", "none") or Path(args.weights).is_file()):
         raise InputError(f"--weights {args.weights}: no such file; expected imagenet, none, or a "
                          f".safetensors or .pth file")
-    folds = f"--n_folds {args.n_folds} --fold {args.fold}"
     if args.n_folds == 1 or args.fold >= max(args.n_folds, 1):
-        raise InputError(f"{folds}: expected 2 folds or more, and a fold from 0 to n_folds - 1")
+        raise InputError(f"--n_folds {args.n_folds} --fold {args.fold}: expected 2 folds or more, "
+                         f"and a fold from 0 to n_folds - 1")
     if args.n_folds and args.val_ratio == 0:
         raise InputError("--val_ratio 0 trains on everyone, --n_folds does not; pass one of them")
     if args.resume and args.overwrite:

@@ -43,7 +43,8 @@ def configure_backend(device, deterministic=False):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        # cudnn.benchmark stays off: it tries algorithms for every layer and shape, which took
+        # longer than the first steps, and whether a long run regains that is not measured.
         torch.set_float32_matmul_precision("high")  # TF32
 
 

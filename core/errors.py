@@ -34,10 +34,7 @@ def explain_error(error):
 
     # torch's classes are compared by name, so that commands without torch need not import it.
     is_runtime_error = isinstance(error, RuntimeError)
-    # The messages of CUDA and MPS, of CUDA's libraries, and of the CPU allocator.
-    no_memory = "out of memory", "ALLOC_FAILED", "can't allocate memory"
-    if type(error).__name__ in ("OutOfMemoryError", "MemoryError") or (
-            is_runtime_error and any(words in text for words in no_memory)):
+    if is_out_of_memory(error):
         return ("out of memory: lower --valid_batch_size; in training also lower --batch_size "
                 "(and raise --accumulation_steps by the same factor) or --resize")
     if is_runtime_error and "does not have a deterministic implementation" in text:
@@ -53,6 +50,14 @@ def explain_error(error):
         return ("a loader process was killed, often for lack of memory: lower --num_workers, and "
                 "continue with --resume")
     return None
+
+
+def is_out_of_memory(error):
+    """Return whether an exception says that the device or the machine has too little memory."""
+    # The messages of CUDA and MPS, of CUDA's libraries, and of the CPU allocator.
+    words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
 
 
 def as_one_line(error):

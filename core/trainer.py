@@ -1,4 +1,5 @@
 """The objects of a training run: model, loss, optimizer, averages, and its losses."""
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -8,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from core import distributed
-from core.errors import InputError, as_one_line
+from core.errors import InputError, as_one_line, is_out_of_memory
 
 
 class LossHistory:
@@ -45,6 +46,33 @@ class LossHistory:
         return mean
 
 
+class WeightAverage(ModelEmaV3):
+    """timm's moving average of the weights, whose decay rises during the first steps.
+
+    `update` does the same arithmetic with lists of tensors that are made once; timm's walks through
+    all modules of both models in each step, which takes longer than some networks.
+
+    Args:
+        model: the model, on its device.
+        decay: the largest decay, in (0, 1).
+    """
+
+    def __init__(self, model, decay):
+        super().__init__(model, decay=decay, use_warmup=True)
+        pairs = list(zip(self.module.state_dict().values(), model.state_dict().values(),
+                         strict=True))
+        self.averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        self.copied = [pair for pair in pairs if not pair[0].is_floating_point()]  # counters
+
+    @torch.no_grad()
+    def update(self, step):
+        """Move the average towards the model's weights after step `step`, from 1."""
+        averages, values = zip(*self.averaged, strict=True)
+        torch._foreach_lerp_(averages, values, 1 - self.get_decay(step))
+        if self.copied:
+            torch._foreach_copy_(*zip(*self.copied, strict=True))
+
+
 @dataclass
 class Trainer:
     """The objects that a training step uses."""
@@ -54,12 +82,16 @@ class Trainer:
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler  # disabled except for float16
-    ema: ModelEmaV3 | None  # moving average of the weights
+    ema: WeightAverage | None
     device: torch.device
     amp: bool | None
     clip_grad: float
     seed: int
     losses: LossHistory = field(default_factory=LossHistory)
+
+    def __post_init__(self):
+        # Walking through the modules in each step would take longer than some networks.
+        self.parameters = list(self.model.parameters())
 
     @property
     def inference_model(self):
@@ -86,6 +118,22 @@ class Trainer:
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"--resume: the last checkpoint does not fit --model as it is now "
                              f"({as_one_line(error)}); pass another --output_dir") from None
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(batch_size, accumulation_steps):
+    """Turn an out-of-memory error into an InputError with flags that need half of the memory."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        half, processes = batch_size // 2, distributed.world_size()
+        flags = f"--batch_size {half} --accumulation_steps {2 * accumulation_steps}"
+        if half < 2 * processes or half % processes or batch_size % 2:
+            flags = "a smaller --resize"
+        raise InputError(f"out of memory with --batch_size {batch_size}: pass {flags}, which needs "
+                         f"about half of the memory, or another --model") from None
 
 
 def check_finite(model, step, lr):

@@ -14,12 +14,15 @@ import torch
 from conftest import FAST, context, parse_printed
 from safetensors.torch import load_file
 from sklearn.metrics import f1_score
+from timm.utils import ModelEmaV3
 
 from core.checkpoint import TrainerState, list_checkpoints
+from core.errors import InputError
 from core.files import write_json
 from core.layout import choose_data, dataset_folders
 from core.optim import learning_rate
 from core.run_folder import is_exhausted, prune_checkpoints, update_best
+from core.trainer import WeightAverage, explain_out_of_memory
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
 FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
@@ -374,3 +377,29 @@ def test_learning_rate_by_hand():
     rates = [learning_rate(step, 50, 1.0, 0.0) for step in range(1, 51)]
     assert rates == sorted(rates, reverse=True)
     assert 0 < rates[-1] < 0.01 and np.isfinite(rates).all()
+
+
+def test_the_average_of_the_weights_is_that_of_timm():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    average = WeightAverage(model, 0.9)
+    reference = ModelEmaV3(model, decay=0.9, use_warmup=True)
+    for step in range(1, 30):
+        model(torch.randn(2, 3, 8, 8))  # batch norm counts, and moves its statistics
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        average.update(step)
+        reference.update(model, step)
+    expected = reference.module.state_dict()
+    assert expected["1.num_batches_tracked"] == 29
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize(("batch_size", "steps", "says"), [
+    (64, 1, "--batch_size 32 --accumulation_steps 2"),
+    (6, 3, "--batch_size 3 --accumulation_steps 6"),
+    (7, 1, "a smaller --resize"), (2, 8, "a smaller --resize")])
+def test_too_little_memory_in_training_names_flags_that_fit(batch_size, steps, says):
+    with pytest.raises(InputError, match=says), explain_out_of_memory(batch_size, steps):
+        torch.empty(1 << 50)
