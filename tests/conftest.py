@@ -17,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 SHOTS = ["incorrect_mask", "mask1", "mask2", "mask3", "mask4", "mask5", "normal"]
+DEVICE = "cpu"  # --device of pytest
 # Flags of a run of seconds: the smallest EfficientNet of timm on small photos, from scratch.
 FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "24",
         "--crop", "0.9", "0.8", "--batch_size", "16", "--device", "cpu", "--num_workers", "0"]
@@ -29,6 +30,37 @@ context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "inference", "f1", "tools.ensemble",
                                 "torch.utils.tensorboard", "matplotlib.figure",
                                 "matplotlib.backends.backend_agg", "sklearn.metrics"])
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu",
+                     help="device of all training and inference commands")
+
+
+def pytest_configure(config):
+    """Set the device, before any test module is imported."""
+    global DEVICE
+    DEVICE = config.getoption("--device")
+    config.addinivalue_line("markers", "cpu_only(reason): skipped with --device cuda")
+    if DEVICE == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # commands without --device use the CPU, too
+    else:
+        FAST[FAST.index("--device") + 1] = DEVICE
+        FAST.append("--deterministic")
+        # Exact float32 for --no-amp. Runs without it use bfloat16.
+        os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        marker = item.get_closest_marker("cpu_only")
+        if marker and DEVICE != "cpu":
+            item.add_marker(pytest.mark.skip(reason=f"about the CPU alone: {marker.args[0]}"))
+
+
+def tolerance(on_cpu, on_cuda):
+    """Return the tolerance of a test for the device of the commands."""
+    return on_cpu if DEVICE == "cpu" else on_cuda
 
 
 def docstring_backbone():

@@ -70,6 +70,7 @@ def one(dataset, tmp_path_factory):
 
 # --- the same numbers as one process ---
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 @pytest.mark.parametrize("processes", [2, 3])
 def test_processes_train_as_one(dataset, one, tmp_path, processes):
     process = torchrun(processes, "train", "--data_dir", dataset, *RUN, cwd=tmp_path)
@@ -87,6 +88,7 @@ def test_processes_train_as_one(dataset, one, tmp_path, processes):
         assert alone["train_loss"] == pytest.approx(shared["train_loss"], abs=1e-5)
 
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 def test_two_processes_predict_as_one(dataset, one, tmp_path, command):
     predict = ["--model_dir", one, "--valid_batch_size", "3", "--save_probs"]
     assert command("inference", *predict, "alone.csv").returncode == 0
@@ -112,6 +114,7 @@ def test_shares_of_a_batch_are_disjoint_equal_and_complete(dataset, monkeypatch)
 
 # --- restarts and signals ---
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 def test_a_killed_process_of_two_machines_is_restarted_and_the_run_continues(dataset, tmp_path,
                                                                              command):
     """The steps before the kill are not done again, and the others are done once.
@@ -165,6 +168,7 @@ def test_restarts_without_resume_are_refused_in_one_line(dataset, one, tmp_path)
     assert after == before
 
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 def test_a_second_run_in_a_results_folder_is_refused_by_all_processes(dataset, one, tmp_path):
     shutil.copytree(one, tmp_path / "results")
     before = sorted(os.listdir(tmp_path / "results"))
@@ -220,6 +224,7 @@ def test_two_machines_with_restarts_and_a_shared_store_are_refused_in_one_line(d
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 def test_stopped_processes_write_a_checkpoint_and_the_command_to_resume(dataset, tmp_path):
     """Each worker gets the signal twice: from the terminal or scheduler, and from torchrun."""
     process = torchrun(2, "train", "--data_dir", dataset, *BATCH_STATISTICS, "--eval_steps", "1000",
@@ -238,6 +243,7 @@ def test_stopped_processes_write_a_checkpoint_and_the_command_to_resume(dataset,
 
 # --- what processes cannot share ---
 
+@pytest.mark.cpu_only("several processes need a GPU each")
 def test_a_batch_that_processes_cannot_divide_is_refused_in_one_line(dataset, tmp_path):
     process = torchrun(2, "train", "--data_dir", dataset, *RUN, "--batch_size", "15", cwd=tmp_path)
     assert process.wait(120) != 0

@@ -79,14 +79,17 @@ def test_a_dataset_in_data_is_found(tmp_path):
     assert "SAMPLE" not in out and "training: people 8, photos 56\n" in out
 
 
-def test_importing_never_touches_the_network(tmp_path):
+def test_importing_touches_neither_the_network_nor_the_gpu(tmp_path):
+    """The tests' commands are forked after the imports, and CUDA does not survive a fork."""
     modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PRODUCT]
     code = f"""
 import socket, sys
 sys.path.insert(0, {str(ROOT)!r})
 def refuse(*args, **kwargs):
-    raise AssertionError(f"network: {{args}}")
+    raise AssertionError(f"network or GPU: {{args}}")
 socket.socket.connect = socket.getaddrinfo = refuse
+import torch
+torch.cuda.is_available = torch.cuda.device_count = torch.cuda._lazy_init = refuse
 import warnings
 warnings.simplefilter("error", UserWarning)
 import {", ".join(modules)}

@@ -28,7 +28,7 @@ def read_probs(path):
 
 
 def predict(command, model_dir, *flags):
-    return command("inference", "--model_dir", model_dir, "--valid_batch_size", "7",
+    return command("inference", "--model_dir", model_dir, "--valid_batch_size", "7", "--no-amp",
                    "--save_probs", "p.csv", *flags)
 
 

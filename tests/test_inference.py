@@ -6,9 +6,10 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pytest
 import timm
 import torch
-from conftest import FAST, run_printed
+from conftest import DEVICE, FAST, run_printed, tolerance
 from PIL import Image
 
 from core.checkpoint import find_checkpoint
@@ -16,6 +17,10 @@ from core.images import read_image
 from core.labels import PROBABILITIES
 from core.layout import list_images, read_eval
 from dataset import CropResize
+
+# Largest differences of probabilities that rounding explains on CUDA, where two processes may use
+# two algorithms for the same layer.
+FLOAT32, BFLOAT16 = 1e-5, 2e-3
 
 
 def predict(command, *flags):
@@ -59,21 +64,30 @@ def test_submission_for_the_eval_part_of_the_training_data(command, trained, dat
 
 def test_inference_repeats_validation_exactly(command, trained, dataset, tmp_path):
     """In the stock baseline the two had different preprocessing, which cost 0.10 F1."""
-    checkpoint = trained / "checkpoint-9"
-    assert difference_from_validation(command, checkpoint, dataset, tmp_path) < 2e-6
+    difference = difference_from_validation(command, trained / "checkpoint-9", dataset, tmp_path)
+    assert difference < tolerance(2e-6, BFLOAT16)
 
 
 def test_inference_repeats_validation_in_mixed_precision(command, dataset, tmp_path):
     train(command, dataset, "--amp")
     checkpoint = tmp_path / "results" / "checkpoint-9"
-    assert difference_from_validation(command, checkpoint, dataset, tmp_path) < 2e-6
+    difference = difference_from_validation(command, checkpoint, dataset, tmp_path)
+    assert difference < tolerance(2e-6, BFLOAT16)
     assert difference_from_validation(command, checkpoint, dataset, tmp_path, "--no-amp") > 2e-5
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a checkpoint that was trained on a GPU")
+def test_a_checkpoint_from_a_gpu_predicts_on_the_cpu_as_in_validation(command, trained, dataset,
+                                                                      tmp_path):
+    difference = difference_from_validation(command, trained / "checkpoint-9", dataset, tmp_path,
+                                            "--device", "cpu")
+    assert difference < BFLOAT16
 
 
 def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, dataset, trained,
                                                                     tmp_path):
     folder = trained / "checkpoint-9"
-    predict(command, "--model_dir", folder, "--save_probs", "p.csv", "--tta", "hflip")
+    predict(command, "--model_dir", folder, "--save_probs", "p.csv", "--tta", "hflip", "--no-amp")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     cfg = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
     photo = read_eval(dataset).iloc[7]
@@ -84,7 +98,7 @@ def test_probabilities_are_those_of_the_timm_model_on_the_same_photo(command, da
     with torch.inference_mode():
         expected = (model(image).softmax(1) + model(image.flip(3)).softmax(1)) / 2
     found = read_probs(tmp_path / "p.csv").loc[[photo.ImageID]]
-    assert largest_difference(found, expected) < 1e-5
+    assert largest_difference(found, expected) < tolerance(1e-5, FLOAT32)
 
 
 def test_results_folder_means_its_best_checkpoint(trained):
@@ -99,9 +113,9 @@ def test_ensemble_of_two_backbones_at_two_sizes_is_the_weighted_mean(command, tr
     for name, members in [("a", [trained]), ("b", ["vit"]),
                           ("ab", [trained, "vit", "--model_weights", "1", "3"])]:
         predict(command, "--model_dir", *members, "--save_probs", f"{name}.csv",
-                "--output", f"s{name}.csv")
+                "--output", f"s{name}.csv", "--no-amp")
     a, b, ab = (read_probs(tmp_path / f"{name}.csv") for name in ("a", "b", "ab"))
-    assert largest_difference((a + 3 * b) / 4, ab) < 1e-6
+    assert largest_difference((a + 3 * b) / 4, ab) < tolerance(1e-6, FLOAT32)
     vote = pd.read_csv(tmp_path / "sab.csv")["ans"].tolist()
     assert vote == ab.to_numpy().argmax(1).tolist()
 
@@ -126,12 +140,12 @@ def test_any_folder_of_photos_gives_a_readable_table(command, trained, tmp_path)
 
 def test_batch_size_and_workers_change_no_prediction(command, trained, tmp_path):
     """Batches of 3 make the last one short of a photo: its padding must not show."""
-    predict(command, "--model_dir", trained, "--save_probs", "a.csv")
-    predict(command, "--model_dir", trained, "--save_probs", "b.csv", "--valid_batch_size", "3",
-            "--num_workers", "2")
+    predict(command, "--model_dir", trained, "--no-amp", "--save_probs", "a.csv")
+    predict(command, "--model_dir", trained, "--no-amp", "--save_probs", "b.csv",
+            "--valid_batch_size", "3", "--num_workers", "2")
     a, b = (read_probs(tmp_path / f"{name}.csv") for name in "ab")
     assert a.index.tolist() == b.index.tolist() and len(a) == 20
-    assert largest_difference(a, b) < 1e-6
+    assert largest_difference(a, b) < tolerance(1e-6, FLOAT32)
 
 
 def test_eval_part_that_was_moved_away_is_named(command, trained, dataset, tmp_path):
