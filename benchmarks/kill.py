@@ -74,10 +74,10 @@ def main(argv=None):
     sys.exit(wrong > 0)
 
 
-def start(folder, name, num_workers):
+def start(folder, name, num_workers, flags=FLAGS):
     """Start or resume a training process; return it and the file of its output."""
     log = folder / f"{name}.log"
-    argv = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(folder / "data"), *FLAGS,
+    argv = [sys.executable, str(ROOT / "train.py"), "--data_dir", str(folder / "data"), *flags,
             "--output_dir", str(folder / name), "--num_workers", str(num_workers), "--resume"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(log, "w") as file:
