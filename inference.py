@@ -4,11 +4,13 @@
     python inference.py --model_dir=./results --data_dir my_photos/    # any photos
     python inference.py --model_dir results/fold-0 results/fold-1      # the mean of several
 
+In photos that are not an eval part it finds every face, and frames it as in the training photos.
 Model, input size, crop, mirror images, precision, normalization and classes come from the
 checkpoint.
 """
 import os
 import shlex
+from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,11 @@ from core import distributed
 from core.checkpoint import find_checkpoint, read_config
 from core.cli import ArgumentParser, in_range, restores_process, run_cli, script
 from core.device import choose_device, choose_workers, configure_backend
+from core.drawing import check_draw_folder, save_drawings
 from core.errors import InputError
+from core.faces import BOX, FaceFinder, describe_faces, find_all_faces
 from core.files import check_output, write_atomically
+from core.framing import FramedPhotos, choose_framings
 from core.images import drop_bad_images
 from core.labels import (
     AGES,
@@ -34,7 +39,7 @@ from core.labels import (
 from core.layout import find_part, is_train_part, list_images, read_eval
 from core.onnx_model import export_onnx, has_current_onnx, onnx_predictor
 from core.prediction import Normalize, predict, torch_predictor
-from dataset import CropResize, MaskDataset, create_eval_loader
+from dataset import CropResize, create_eval_loader
 from model import load_model
 
 
@@ -53,6 +58,9 @@ def main(argv=None):
     output = Path(args.output or ("submission.csv" if is_eval else "predictions.csv"))
     check_output(output, args.save_probs)
     all_photos = photos
+    if args.draw:
+        check_draw_folder(args.draw, photos)
+    detector, framings, no_faces = choose_framings(args.face, args.face_model, is_eval, configs)
     if args.on_bad_image == "skip":
         if is_eval:
             raise InputError("--on_bad_image skip: a submission needs all rows of the eval part; "
@@ -65,15 +73,25 @@ def main(argv=None):
     if is_main:
         print(f"{len(photos)} photos of {data_dir} on {device}, by "
               f"{' and '.join(map(str, checkpoints))}")
+        if no_faces:
+            print(f"faces: not looked for: {no_faces}")
 
-    # Members with the same crop and resize share the decoded photos.
+    # One row per face, if faces are looked for.
+    workers = choose_workers(args.num_workers, device)
+    if detector:
+        photos = find_all_faces(photos, create_eval_loader(
+            FaceFinder(photos, detector), args.valid_batch_size, workers, device))
+        if is_main:
+            print(describe_faces(photos))
+
+    # Members with the same framing, crop and resize share the decoded photos.
     member_probs = np.zeros((len(checkpoints), len(photos), NUM_CLASSES))
-    geometries = [(tuple(config["size"]), tuple(config["crop"])) for config in configs]
+    geometries = [(tuple(config["size"]), tuple(config["crop"]), str(framing))
+                  for config, framing in zip(configs, framings, strict=True)]
     for geometry in dict.fromkeys(geometries):
         same = [i for i, other in enumerate(geometries) if other == geometry]
-        loader = create_eval_loader(
-            MaskDataset(photos, CropResize(*geometry)), args.valid_batch_size,
-            choose_workers(args.num_workers, device), device)
+        dataset = FramedPhotos(photos, CropResize(*geometry[:2]), framings[same[0]])
+        loader = create_eval_loader(dataset, args.valid_batch_size, workers, device)
         members = [(predictors[i], args.tta or configs[i]["tta"]) for i in same]
         member_probs[same] = predict(members, loader, device)
     distributed.cleanup()
@@ -84,29 +102,31 @@ def main(argv=None):
     probabilities = np.tensordot(weights / weights.sum(), member_probs, 1)
     check_finite(probabilities, photos)
     predictions = probabilities.argmax(axis=1)
-    table = pd.DataFrame({"ans": predictions})
-    if not is_eval:
-        table = table.join(readable_columns(probabilities, predictions))
-    tables = {output: table}
+    readable = readable_columns(probabilities, predictions)
+    table = photos.assign(ans=predictions)
+    tables = {output: table if is_eval else table.join(readable)}
     if args.save_probs:
-        tables[args.save_probs] = pd.DataFrame(probabilities, columns=PROBABILITIES)
+        tables[args.save_probs] = photos.join(pd.DataFrame(probabilities, columns=PROBABILITIES))
     for path, table in tables.items():
         # A photo that was skipped keeps its row, without values.
-        table = table.set_index(photos.path).reindex(all_photos.path).reset_index(drop=True)
+        table = all_photos.merge(table.drop(columns="ImageID"), how="left", on="path")
         if "ans" in table:
             table["ans"] = table["ans"].astype("Int64")
-        table.insert(0, "ImageID", all_photos.ImageID)
+        tables[path] = table.drop(columns="path")
         with write_atomically(path) as temporary:
-            table.to_csv(temporary, index=False)
-        tables[path] = table
+            tables[path].to_csv(temporary, index=False)
+    if args.draw:
+        save_drawings(args.draw, photos.join(readable))
     if not is_eval:
-        print(tables[output].head(10).to_string(index=False))
+        print(tables[output].drop(columns=BOX, errors="ignore").head(10).to_string(index=False))
     print(histogram(predictions, configs[0].get("class_counts")))
-    skipped = len(all_photos) - len(photos)
+    skipped = len(all_photos) - photos.path.nunique()
     if skipped:
         print(f"photos without a prediction: {skipped} of {len(all_photos)}")
+    if args.draw:
+        print(f"wrote {args.draw}: {photos.path.nunique()} photos with their predictions")
     for path in reversed(tables):
-        print(f"wrote {path}: {len(all_photos)} rows")
+        print(f"wrote {path}: {len(tables[path])} rows")
     answers = Path(data_dir) / "answers.csv"
     if is_eval and answers.is_file():
         # "./": a name may begin with "-"
@@ -240,6 +260,14 @@ def parse_args(argv=None):
 
     add("--engine", choices=["torch", "onnxruntime"], default="torch",
         help="onnxruntime: faster on a CPU, needs requirements-onnx.txt")
+
+    add = parser.add_argument_group("faces and drawings").add_argument
+    add("--face", action=BooleanOptionalAction,
+        help="find every face and frame it as in the training photos (default: in photos that are "
+             "not an eval part, with requirements-face.txt)")
+    add("--face_model", metavar="FILE", help="another YuNet file (default: requirements-face.txt)")
+    add("--draw", metavar="FOLDER", help="also write the photos with the predictions drawn on them")
+
     parser.add_machine_flags()
 
     args = parser.parse_args(argv)

@@ -35,6 +35,7 @@ from core.device import (
     to_device,
 )
 from core.errors import InputError
+from core.framing import record_framing
 from core.images import drop_bad_images
 from core.labels import NUM_CLASSES
 from core.layout import choose_data, dataset_folders, fingerprint, read_train
@@ -121,10 +122,8 @@ def main(argv=None):
     _lock, training_state = run_folder.open_run(args, state, argv)
     if training_state is not None:
         trainer.load_state_dict(training_state)
-    if state.step >= total_steps or run_folder.is_exhausted(state, args.patience):  # a complete run
-        log.info(f"the run is complete: step {state.step}/{total_steps}; to continue, pass more "
-                 f"--epochs, or --patience 0 if it stopped early")
-        total_steps = state.step
+    total_steps = run_folder.last_step(state, total_steps, args.patience)
+    record_framing(config, train_photos, output_dir, state.step)  # for photos of other kinds
 
     describe_data(train_photos, valid_photos, class_weight)
     describe_run(args, trainer.model, device, total_steps)

@@ -131,6 +131,15 @@ def open_run(args, state, argv):
     return lock, training_state
 
 
+def last_step(state, total_steps, patience):
+    """Return the last step of a run; it is the current step if the run is complete, and logged."""
+    if state.step < total_steps and not is_exhausted(state, patience):
+        return total_steps
+    log.info(f"the run is complete: step {state.step}/{total_steps}; to continue, pass more "
+             f"--epochs, or --patience 0 if it stopped early")
+    return state.step
+
+
 def recorded_flags(args):
     """Return the flags that a resumed run may not change, by name."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in RESUMABLE}
