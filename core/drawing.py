@@ -44,14 +44,16 @@ def draw_predictions(pixels, rows):
         text += (f"{MASK_WORDS[mask]} {row['mask_probability']:.0%}\n"
                  f"{row['gender']} {row['gender_probability']:.0%}\n"
                  f"{AGE_WORDS[AGES.index(row['age'])]} {row['age_probability']:.0%}")
-        labels.append((text, mask, (left, top, left + width, top + height)))
-    # The labels last, so that no box crosses them: above the box, else below it, else inside it.
-    for text, mask, (left, top, _, bottom) in labels:
+        labels.append((text, mask, (left, top, top + height)))
+    # The labels last, so that no box crosses them: above the box, else below it, else inside it;
+    # about the whole photo: at its bottom.
+    for text, mask, (left, top, bottom) in labels:
         _, _, text_width, text_height = draw.multiline_textbbox((0, 0), text, font, spacing=unit)
         text_width, text_height = text_width + 4 * unit, text_height + 4 * unit
         x = min(max(left, 0), max(image.width - text_width, 0))
+        inside = max(top, 0) if bottom < image.height else image.height - text_height
         y = next((y for y in (top - text_height, bottom)
-                  if y >= 0 and y + text_height <= image.height), max(top, 0))
+                  if y >= 0 and y + text_height <= image.height), inside)
         draw.rectangle((x, y, x + text_width, y + text_height), MASK_COLORS[mask])
         draw.multiline_text((x + 2 * unit, y + unit), text, TEXT_COLORS[mask], font,
                             spacing=unit)

@@ -51,12 +51,16 @@ def check_detector(file):
 @functools.lru_cache(maxsize=1)
 def _load_detector(file):
     data = np.frombuffer(Path(file).read_bytes(), np.uint8)
-    level = cv2.utils.logging.getLogLevel()
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # OpenCV 5 warns needlessly
+    # OpenCV 5 warns of a setting that it makes itself; older versions have no such switch.
+    switch = getattr(cv2.utils, "logging", None)
+    if switch:
+        level = switch.getLogLevel()
+        switch.setLogLevel(switch.LOG_LEVEL_ERROR)
     try:
         return cv2.FaceDetectorYN.create("onnx", data, np.empty(0, np.uint8), (64, 64), MIN_SCORE)
     finally:
-        cv2.utils.logging.setLogLevel(level)
+        if switch:
+            switch.setLogLevel(level)
 
 
 def find_faces(pixels, file, long_sides=LONG_SIDES):

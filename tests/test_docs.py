@@ -11,6 +11,7 @@ import f1
 import inference
 import tools.check_data
 import tools.check_labels
+import tools.demo
 import tools.ensemble
 import tools.export
 import tools.sample_data
@@ -21,7 +22,7 @@ DOCUMENTS = ["README.md", "README.ko.md", *sorted(
 PARSERS = {
     "train.py": train.parse_args, "inference.py": inference.parse_args, "f1.py": f1.parse_args,
     "tools.check_data": tools.check_data.parse_args,
-    "tools.check_labels": tools.check_labels.parse_args,
+    "tools.check_labels": tools.check_labels.parse_args, "tools.demo": tools.demo.parse_args,
     "tools.ensemble": tools.ensemble.parse_args, "tools.export": tools.export.parse_args,
     "tools.sample_data": tools.sample_data.parse_args,
 }

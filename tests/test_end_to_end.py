@@ -103,11 +103,11 @@ def test_every_import_is_a_declared_dependency():
         return {re.split(r"[><=]", line)[0].replace("-", "_") for line in lines}
 
     known_as = {"sklearn": "scikit_learn", "PIL": "pillow", "cv2": "opencv_python_headless"}
+    optional = {"onnx_model.py": "requirements-onnx.txt", "demo.py": "requirements-demo.txt"}
     own = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
     for path in PRODUCT:
-        allowed = declared("requirements.txt")
-        if path.name == "onnx_model.py":  # the one optional part
-            allowed |= declared("requirements-onnx.txt")
+        allowed = declared("requirements.txt") | declared(
+            optional.get(path.name, "requirements.txt"))
         for name in packages(path) - own - sys.stdlib_module_names:
             assert known_as.get(name, name) in allowed, (path, name)
 

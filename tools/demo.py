@@ -99,7 +99,7 @@ def create_page(explainer):
             photo = gradio.Image(type="filepath", image_mode=None, label="photo",
                                  sources=["upload", "webcam", "clipboard"])
             buttons = ["download", "fullscreen"]  # no button that uploads it to a hub
-            drawn = gradio.Image(label="predictions", format="jpeg", buttons=buttons)
+            drawn = gradio.Image(show_label=False, format="jpeg", buttons=buttons)
         with gradio.Row():
             bars = [gradio.Label(label=name) for name in ("mask", "gender", "age")]
             heat = gradio.Image(label="what decided", format="png", height=320, buttons=buttons)
