@@ -47,15 +47,37 @@ def test_grad_cam_by_hand():
     assert grad_cam(Places(), image, 1)[::3, ::3] == pytest.approx(np.array([[0.4, 0.8], [1, 0]]))
 
 
-@pytest.mark.parametrize("name", ["test_efficientnet", "test_vit", "test_convnext"])
-def test_grad_cam_of_backbones(name):
+def expected_heat(layer, model, image, label, to_maps):
+    """Grad-CAM of a layer that is named, whose output `to_maps` brings to (C, h, w)."""
+    outputs = []
+    hook = layer.register_forward_hook(lambda layer, inputs, output: outputs.append(output))
+    logit = model(image)[0, label]
+    hook.remove()
+    gradient, = torch.autograd.grad(logit, outputs[-1])
+    weights = to_maps(gradient).mean(dim=(1, 2))
+    heat = torch.einsum("c,chw->hw", weights, to_maps(outputs[-1])).relu()[None, None]
+    heat = nn.functional.interpolate(heat, image.shape[2:], mode="bilinear").detach()[0, 0]
+    return heat / heat.max()
+
+
+@pytest.mark.parametrize(("name", "find_layer", "to_maps"), [
+    ("test_convnext", lambda model: model.stages[-1], lambda value: value[0]),
+    # Tokens: the class token, then 6 x 4 patches of 16 pixels.
+    ("test_vit", lambda model: model.blocks[-1].norm1,
+     lambda value: value[0, 1:].T.reshape(-1, 6, 4)),
+    # A Swin has the channels last.
+    ("swin_tiny_patch4_window7_224", lambda model: model.norm,
+     lambda value: value[0].permute(2, 0, 1)),
+])
+def test_grad_cam_chooses_the_last_layer_with_places(name, find_layer, to_maps):
     torch.manual_seed(0)
-    size = (64, 48)
-    args = {"img_size": size} if "vit" in name else {}
+    args = {} if "convnext" in name else {"img_size": (96, 64)}
     model = timm.create_model(name, num_classes=18, **args).eval()
-    heats = [grad_cam(model, torch.randn(1, 3, *size), label) for label in range(4)]
-    assert all(heat.shape == size and heat.min() >= 0 and heat.max() <= 1 for heat in heats)
-    assert max(heat.std() for heat in heats) > 0.1
+    image = torch.randn(1, 3, 96, 64)
+    for label in (0, 1, 2):
+        heat = grad_cam(model, image, label)
+        expected = expected_heat(find_layer(model), model, image, label, to_maps)
+        assert heat == pytest.approx(expected.nan_to_num().numpy(), abs=1e-5)
 
 
 def test_a_model_without_places_has_no_heat_map():
