@@ -224,6 +224,16 @@ def test_two_machines_with_restarts_and_a_shared_store_are_refused_in_one_line(d
     assert not (tmp_path / "results").exists()
 
 
+def test_two_machines_with_restarts_and_a_shared_store_are_refused(monkeypatch):
+    for name, value in {"TORCHELASTIC_MAX_RESTARTS": "1", "GROUP_WORLD_SIZE": "2",
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():  # as torchrun sets them
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        distributed.check_restarts(resume=True)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    distributed.check_restarts(resume=True)
+
+
 @pytest.mark.cpu_only("several processes need a GPU each")
 def test_stopped_processes_write_a_checkpoint_and_the_command_to_resume(dataset, tmp_path):
     """Each worker gets the signal twice: from the terminal or scheduler, and from torchrun."""
@@ -242,16 +252,6 @@ def test_stopped_processes_write_a_checkpoint_and_the_command_to_resume(dataset,
 
 
 # --- what processes cannot share ---
-
-@pytest.mark.cpu_only("several processes need a GPU each")
-def test_a_batch_that_processes_cannot_divide_is_refused_in_one_line(dataset, tmp_path):
-    process = torchrun(2, "train", "--data_dir", dataset, *RUN, "--batch_size", "15", cwd=tmp_path)
-    assert process.wait(120) != 0
-    found = set(errors((tmp_path / "train.log").read_text()))
-    assert found == {"error: --batch_size 15: 2 processes cannot take equal shares of it; pass a "
-                     "multiple of 2"}
-    assert not (tmp_path / "results").exists()
-
 
 def test_what_processes_cannot_share_is_named(monkeypatch):
     focal, focal_f1 = create_loss("focal"), create_loss("focal_f1")
