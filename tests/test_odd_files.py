@@ -250,7 +250,7 @@ def test_a_refusal_names_the_real_format(read, form, word):
         "tiff": encoded(PIXELS, "TIFF", compression="tiff_lzw")[:500],
         "tiff mm": mm.ljust(200, b"\0") + strips, "float": b"II*\0\xff\xff\xff\x7f",
         "html": b"\xef\xbb\xbf<!doctype html>", "json": b'{"message": "Not Found"}',
-        "avi": b"RIFF\xff\xff\0\0AVI LIST", "avif": encoded(PIXELS, "AVIF")[:200],
+        "avi": b"RIFF\xff\xff\0\0AVI LIST", "avif": b"\0\0\0\x1cftypavif" + bytes(90),
     }[form]
     with pytest.raises(InputError, match=f"(?i){word}") as caught:
         read(data)
