@@ -15,6 +15,7 @@ import pandas as pd
 
 from core.cli import ArgumentParser, run_cli
 from core.errors import InputError
+from core.evaluation import draw_people
 from core.labels import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode
 from core.tables import read_table
 
@@ -67,10 +68,7 @@ def bootstrap_interval(labels, predictions, people, baseline=None, num_draws=200
     Returns:
         (low, high), each in [0, 1], or in [-1, 1] for a difference.
     """
-    _, person = np.unique(np.asarray(people), return_inverse=True)
-    count = person.max() + 1
-    rng = np.random.default_rng(seed)
-    times_drawn = rng.multinomial(count, np.full(count, 1 / count), size=num_draws)
+    person, times_drawn = draw_people(people, num_draws, seed)
     # How often each person is drawn in each of the bootstrap samples gives all scores at once.
     scores = _drawn_macro_f1(labels, predictions, person, times_drawn)
     if baseline is not None:

@@ -196,8 +196,8 @@ def run_cli(main):
     try:
         main()
     except BaseException as error:
-        # Ended in here, where the exception keeps the DataLoaders of main alive: deleting one
-        # waits 5 seconds for each process that is busy with a batch.
+        # End the process here, while the exception still keeps main's DataLoaders alive. Deleting
+        # a DataLoader waits 5 seconds for each loader process that is busy.
         _end_process(_exit_status(error))
     _end_process(0)
 

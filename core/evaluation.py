@@ -6,6 +6,21 @@ MIN_PEOPLE = 10  # an interval over fewer people would mean little
 NUM_BINS = 15
 
 
+def draw_people(people, num_draws, seed):
+    """Return a bootstrap over people: (person of each photo, how often each person is drawn).
+
+    Args:
+        people: (N,) the person on each photo.
+
+    Returns:
+        Integer arrays (N,) of 0..P-1 and (num_draws, P).
+    """
+    _, person = np.unique(np.asarray(people), return_inverse=True)
+    count = person.max() + 1
+    rng = np.random.default_rng(seed)
+    return person, rng.multinomial(count, np.full(count, 1 / count), size=num_draws)
+
+
 def bootstrap_rates(groups, people, num_draws=2000, seed=0):
     """Return how often the photos of each group are right, with a bootstrap over people.
 
@@ -18,14 +33,12 @@ def bootstrap_rates(groups, people, num_draws=2000, seed=0):
         in each bootstrap sample), text (rate and 95 % interval; without the interval for a group
         of fewer than MIN_PEOPLE people).
     """
-    _, person = np.unique(people, return_inverse=True)
-    count = person.max() + 1
+    person, times_drawn = draw_people(people, num_draws, seed)
+    count = times_drawn.shape[1]
     # Photos and right photos of each person in each group give the rates of all samples at once.
     photos = np.stack([np.bincount(person, where, count) for _, where in groups.values()], axis=1)
     hits = np.stack([np.bincount(person, right & where, count)
                      for right, where in groups.values()], axis=1)
-    rng = np.random.default_rng(seed)
-    times_drawn = rng.multinomial(count, np.full(count, 1 / count), size=num_draws)
     with np.errstate(invalid="ignore"):  # 0 / 0 is NaN
         rates, draws = hits.sum(0) / photos.sum(0), (times_drawn @ hits) / (times_drawn @ photos)
     table = pd.DataFrame({"people": (photos > 0).sum(0), "rate": rates, "draws": list(draws.T)},

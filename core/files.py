@@ -2,7 +2,9 @@
 import contextlib
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -21,8 +23,7 @@ def write_atomically(path):
     if _is_stream(path):
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder, "file")
-            # "a": what is printed to the same file must stay.
-            with open(Path(folder, "file"), "rb") as source, open(path, "ab", 0) as target:
+            with open(Path(folder, "file"), "rb") as source, _open_stream(path) as target:
                 shutil.copyfileobj(source, target)
         return
     path = Path(os.path.realpath(path))
@@ -47,6 +48,16 @@ def _is_stream(path):
     return is_special or str(path).startswith(("/dev/fd/", "/dev/std", "/proc/"))
 
 
+def _open_stream(path):
+    # An open file is used as it is: opened again, it would start at 0 and lose what was printed.
+    names = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    number = names.get(str(path)) or re.sub(r"^(/dev|/proc/self)/fd/", "", str(path))
+    if number.isdecimal():
+        sys.stdout.flush()
+        return open(os.dup(int(number)), "wb", 0)
+    return open(path, "wb", 0)
+
+
 def check_output(*paths):
     """Check output files before the work; InputError for one that cannot be written.
 
@@ -55,7 +66,7 @@ def check_output(*paths):
     """
     paths = [path for path in paths if path]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
-        raise InputError(f"{paths[0]}: is to be written twice; pass two different files")
+        raise InputError(f"{paths[0]}: is named for two outputs; pass two different files")
     for path in paths:
         folder = os.path.dirname(os.path.realpath(path))
         if os.path.isdir(path):

@@ -38,7 +38,8 @@ if find_spec("PIL.AvifImagePlugin"):  # Pillow 11.3
     FORMATS.append("AVIF")
     IMAGE_SUFFIXES.append(".avif")
 MIN_SIDE = 16
-MAX_PIXELS = 200_000_000  # a JPEG of this size takes 1.2 GB while it is decoded, others up to 4.3
+# Decoding takes up to 1.2 GB of memory for a JPEG of this size, and 4.3 GB for other formats.
+MAX_PIXELS = 200_000_000
 Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at half of that; _decode has the limit
 
 # OpenCV decodes a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size.
@@ -188,7 +189,7 @@ def _with_stderr(function, *args):
     """
     try:
         (reader, writer), stderr = _pipe(os.getpid()), os.dup(2)
-    except OSError:  # no stderr, or no more files may be opened
+    except (OSError, AttributeError):  # no stderr, too many open files; Python 3.11 on Windows
         return function(*args), ""
     text = b""
     try:
@@ -238,7 +239,7 @@ def _rotate(pixels, orientation):
 
 def _without_metadata(data):
     """Return (the file without what may break a decoder but is no pixel, orientation or 0)."""
-    if data[:1] in (b"\r", b"\n"):  # of a web page's template
+    if data[:1] in (b"\r", b"\n"):  # some web servers add line breaks before the photo
         data = data.lstrip(b"\r\n")
     if data.startswith(b"\xff\xd8\xff"):
         return _without_jpeg_segments(data)

@@ -56,7 +56,7 @@ def check_output_dir(output_dir, resume, overwrite, argv):
     is_run = (output_dir / ".lock").exists() or any(map(is_checkpoint, checkpoints))
     if (files or checkpoints) and not is_run:
         raise InputError(f"--output_dir {output_dir}: holds {(files + checkpoints)[0].name}, which "
-                         f"is of no run; pass another folder")
+                         f"no run has written; pass another folder")
     if checkpoints and not resume and not overwrite:
         other = next(f"{output_dir}-{n}" for n in range(2, 1000)
                      if not Path(f"{output_dir}-{n}").exists())

@@ -103,7 +103,7 @@ def test_a_readme_of_another_program_is_never_replaced_and_that_of_a_run_is(comm
     (tmp_path / "mine/README.md").write_text("mine")
     flags = ["--data_dir", dataset, *FAST, "--epochs", "1"]
     result = command("train", *flags, "--output_dir", "mine", "--overwrite")
-    assert result.returncode == 2 and "holds README.md, which is of no run" in result.stderr
+    assert result.returncode == 2 and "holds README.md, which no run has written" in result.stderr
     assert (tmp_path / "mine/README.md").read_text() == "mine"
     folder = shutil.copytree(trained, tmp_path / "results")
     (folder / "README.md").write_text("of the old run")

@@ -194,6 +194,16 @@ def test_pipes_and_links_are_written_through(command, trained, tmp_path):
     assert pd.read_csv(tmp_path / "kept.csv").columns[:2].tolist() == ["ImageID", "p0"]
 
 
+def test_an_output_on_stdout_stays_beside_what_is_printed(trained, dataset, tmp_path):
+    """stdout is a file here, as behind `> all.txt`."""
+    flags = ["--model_dir", trained, "--data_dir", dataset, "--output", "/dev/stdout"]
+    result = run_command("inference", flags, tmp_path, {})
+    lines = result.stdout.splitlines()
+    start = lines.index("ImageID,ans")
+    assert len([line for line in lines[start + 1:start + 21] if ".jpg," in line]) == 20
+    assert lines[0].startswith("20 photos of") and "wrote /dev/stdout: 20 rows" in lines
+
+
 def test_a_device_is_written_through():
     terminal, device = pty.openpty()
     try:
