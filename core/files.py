@@ -26,8 +26,8 @@ def write_atomically(path):
             with open(Path(folder, "file"), "rb") as source, _open_stream(path) as target:
                 shutil.copyfileobj(source, target)
         return
+    temporary = _temporary(path)
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.tmp")
     delete(temporary)
     try:
         yield temporary
@@ -40,6 +40,11 @@ def write_atomically(path):
     except BaseException:
         delete(temporary)
         raise
+
+
+def _temporary(path):
+    path = Path(os.path.realpath(path))
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _is_stream(path):
@@ -59,7 +64,7 @@ def _open_stream(path):
 
 
 def check_output(*paths):
-    """Check output files before the work; InputError for one that cannot be written.
+    """Check output files before the work; InputError or OSError for one that cannot be written.
 
     Args:
         paths: different files, or None.
@@ -68,11 +73,15 @@ def check_output(*paths):
     if len({os.path.realpath(path) for path in paths}) < len(paths):
         raise InputError(f"{paths[0]}: is named for two outputs; pass two different files")
     for path in paths:
-        folder = os.path.dirname(os.path.realpath(path))
         if os.path.isdir(path):
             raise InputError(f"{path}: is a folder; expected the name of a file to write")
-        if not _is_stream(path) and not os.access(folder, os.W_OK):
-            raise InputError(f"{path}: its folder does not exist, or is read-only; choose another")
+        if not _is_stream(path):
+            temporary = _temporary(path)
+            if not os.access(temporary.parent, os.W_OK):
+                raise InputError(f"{path}: its folder does not exist, or is read-only; choose "
+                                 f"another")
+            temporary.touch()  # fails if the name is too long, for example
+            delete(temporary)
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise InputError(f"{path}: is read-only; choose another file")
 

@@ -230,6 +230,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tm
             tools.export.main(["--model_dir", str(trained), "--output", target])
         with pytest.raises(InputError, match=f"^{target}: {says}"):
             inference.main(["--model_dir", str(trained), "--save_probs", target])
+    with pytest.raises(OSError, match="File name too long"):  # 252 bytes, and ".", ".tmp"
+        check_output("n" * 252)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_one_file_for_two_tables_is_refused(trained, tmp_path, monkeypatch):
