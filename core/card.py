@@ -12,6 +12,7 @@ from core.checkpoint import OUR_KEY, read_json
 from core.cli import script
 from core.evaluation import MIN_PEOPLE, bootstrap_rates, calibration, format_interval, largest_gap
 from core.files import write_atomically
+from core.framing import describe_framing
 from core.labels import AGES, GENDERS, MASKS, PROBABILITIES, decode
 from core.plots import save_curves, save_reliability
 
@@ -184,12 +185,16 @@ def describe_commands(output_dir, config):
     mirror = ", as the mean over the photo and its mirror image" * (config["tta"] == "hflip")
     height, width = config["crop"]
     size = " x ".join(map(str, config["size"]))
+    faces = ""
+    if framing := config.get("framing"):
+        faces = (f"In other photos the faces are found first and framed as\n"
+                 f"{describe_framing(framing)}. ")
     return f"## Recipe\n\n    {recipe}", f"""\
 ## Input
 
 One upright face in the middle, framed as in the training photos. The model sees the centre of the
 photo, {height:.0%} of its height and {width:.0%} of its width, at {size} pixels (height x
-width){mirror}. This command does it:
+width){mirror}. {faces}This command does it:
 
     {script("inference.py")} --model_dir={shlex.quote(str(output_dir))}"""
 

@@ -154,6 +154,8 @@ def test_training_records_the_framing_and_a_resumed_run_keeps_it(
     expected = {"x": 0.5, "y": 0.5, "height": 0.5, "aspect": 0.75}
     for step in (5, 9):
         assert read_config(f"results/checkpoint-{step}")["framing"] == expected
+    card = Path("results/README.md").read_text()
+    assert "framed as\nin training photos at x 0.50, y 0.50, height 0.50 of the photo." in card
     # When the run is resumed the photos are not looked at, and the detector may be gone.
     monkeypatch.setattr(core.framing, "find_detector", lambda: None)
     config = {"mask_classification": {}}
