@@ -50,12 +50,18 @@ def hub(tmp_path, monkeypatch):
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_address[1]}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                            url + "/{repo_id}/resolve/{revision}/{filename}")
+        set_constant("ENDPOINT", url)
+        set_constant("HUGGINGFACE_CO_URL_TEMPLATE",
+                     url + "/{repo_id}/resolve/{revision}/{filename}")
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "my cache"))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    def set_constant(name, value):
+        # Old versions copy the constants into the module that downloads.
+        for module in (huggingface_hub.constants, huggingface_hub.file_download):
+            monkeypatch.setattr(module, name, value, raising=False)
+
+    set_constant("HF_HUB_CACHE", str(tmp_path / "my cache"))
+    set_constant("HF_HUB_OFFLINE", False)
+    new_sessions()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the client's tries
     yield start
     for server in servers:
@@ -71,6 +77,11 @@ def send(handler, status, body=b"", length=None, **headers):
     handler.end_headers()
     if handler.command == "GET":
         handler.wfile.write(body)
+
+
+def new_sessions():
+    if hasattr(huggingface_hub.utils, "reset_sessions"):  # before 1.0 they keep HF_HUB_OFFLINE
+        huggingface_hub.utils.reset_sessions()
 
 
 def refuse():
@@ -190,6 +201,7 @@ def test_a_cache_that_was_damaged_later_is_named_with_and_without_a_network(
     damage(file)
     assert "damaged; delete them with: rm -r '" in refuse()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    new_sessions()
     assert "damaged; delete them with: rm -r '" in refuse()
     shutil.rmtree(tmp_path / "my cache")
     assert "are not available (" in refuse()
