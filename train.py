@@ -39,7 +39,7 @@ from core.framing import record_framing
 from core.images import drop_bad_images
 from core.labels import NUM_CLASSES
 from core.layout import choose_data, dataset_folders, fingerprint, read_train
-from core.optim import create_optimizer, learning_rate, optimizer_name
+from core.optim import create_optimizer, default_rate, learning_rate, optimizer_name
 from core.plots import save_inputs_sheet
 from core.prediction import Normalize, predict, torch_predictor
 from core.report import Reporter, describe_data, describe_run
@@ -283,13 +283,15 @@ def evaluate(trainer, loader, photos, tta):
 
 
 def use_dataset_defaults(args, kind, explicit):
-    """Set the defaults of a kind of dataset, except for flags that the user gave."""
+    """Set the defaults that depend on the dataset or on flags; given flags stay as they are."""
     defaults = {name: value for name, value in DATASET_DEFAULTS.get(kind, {}).items()
                 if name not in explicit}
     vars(args).update(defaults)
     if defaults:
         flags = [text for name, value in defaults.items() for text in format_flag(name, value)]
         log.info(f"{kind} defaults: {' '.join(flags)}")
+    if "lr" not in explicit:
+        args.lr = default_rate(args.lr, args.batch_size * args.accumulation_steps)
 
 
 def parse_args(argv=None):
@@ -324,15 +326,13 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("loss").add_argument
     add("--criterion", choices=LOSSES, default="label_smoothing", help="loss function")
-    add("--label_smoothing", type=fraction, default=0.05,
-        help="amount of smoothing, for --criterion label_smoothing only")
+    add("--label_smoothing", type=fraction, default=0.05, help="for --criterion label_smoothing")
     add("--age_sigma", type=not_negative, default=5.0,
         help="assumed error of the labelled ages in years, for soft targets (0 = off)")
     add("--old_age", type=in_range(int, 50, 71), default=60,
         help="age that counts as old in training; scores always use 60")
     add("--gamma", type=not_negative, default=2.0, help="gamma of the focal criteria")
-    add("--class_weights", choices=CLASS_WEIGHTS, default="none",
-        help="weight the loss by inverse class frequency")
+    add("--class_weights", choices=CLASS_WEIGHTS, default="none", help="by inverse class frequency")
     add("--logit_adjustment", type=not_negative, default=0.4,
         help="strength of logit adjustment towards rare gender x age groups (0 = off)")
 
@@ -341,9 +341,9 @@ def parse_args(argv=None):
     add("--batch_size", type=positive, default=16, help="photos per batch, over all processes")
     add("--accumulation_steps", type=positive, default=1, help="batches per optimizer step")
     add("--optimizer", type=optimizer_name, default="adamw", help="any timm optimizer name")
-    add("--lr", type=in_range(float, 1e-12), default=1.4e-3, help="peak learning rate")
-    add("--weight_decay", type=not_negative, default=0.05,
-        help="weight decay (0 for norms and biases)")
+    add("--lr", type=in_range(float, 1e-12), default=1.4e-3, help="peak learning rate; "
+        "the default is for 16 photos per step, and grows with the square root of that number")
+    add("--weight_decay", type=not_negative, default=0.05, help="not used on norms and biases")
     add("--warmup", type=fraction, default=0.1,
         help="fraction of all steps used for learning-rate warm-up")
     add("--clip_grad", type=not_negative, default=1.0,

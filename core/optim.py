@@ -23,6 +23,20 @@ def create_optimizer(model, name, lr, weight_decay):
                                           momentum=0.9, **fused)
 
 
+def default_rate(rate, photos_per_step):
+    """Return the default peak rate for a number of photos per step.
+
+    It grows with the square root of that number, as the noise of Adam's steps asks for (Malladi et
+    al. 2022, On the SDEs and Scaling Rules for Adaptive Gradient Algorithms). Three digits are
+    kept.
+
+    Args:
+        rate: the rate for 16 photos per step.
+        photos_per_step: batch size x accumulation steps.
+    """
+    return float(f"{rate * math.sqrt(photos_per_step / 16):.3g}")
+
+
 def learning_rate(step, total_steps, peak, warmup):
     """Return the learning rate of a step: linear warm-up, then half a cosine to 0.
 

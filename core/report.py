@@ -44,7 +44,8 @@ def describe_run(args, model, device, total_steps):
     processes = distributed.world_size()
     shared = f", shared by {processes} processes" if processes > 1 else ""
     log.info(f"steps: {total_steps} of {args.batch_size * args.accumulation_steps} photos{shared} "
-             f"({args.epochs} epochs), evaluation every {args.eval_steps}")
+             f"({args.epochs} epochs), peak learning rate {args.lr:g}, evaluation every "
+             f"{args.eval_steps}")
     log.info(f"device: {device}, results in {args.output_dir}")
 
 

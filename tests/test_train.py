@@ -20,9 +20,10 @@ from core.checkpoint import TrainerState, list_checkpoints
 from core.errors import InputError
 from core.files import write_json
 from core.layout import choose_data, dataset_folders
-from core.optim import learning_rate
+from core.optim import default_rate, learning_rate
 from core.run_folder import is_exhausted, prune_checkpoints, update_best
 from core.trainer import WeightAverage, explain_out_of_memory
+from train import parse_args, use_dataset_defaults
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
 FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
@@ -313,7 +314,6 @@ def test_other_switches_train(command, dataset, flags):
 # --- flags, defaults and data ---
 
 def test_parse_args_parses_once_and_returns_which_flags_were_given(monkeypatch):
-    from train import parse_args
     calls, parse = [], argparse.ArgumentParser.parse_known_args
 
     def counted(self, *args, **kwargs):
@@ -333,20 +333,20 @@ def test_parse_args_parses_once_and_returns_which_flags_were_given(monkeypatch):
 
 
 def test_flags_of_a_file_count_as_given_and_later_flags_win(tmp_path):
-    from train import parse_args
     (tmp_path / "flags.txt").write_text("# a comment\n--crop 0.5 0.6  # another\n\n--epochs 9\n")
     args, explicit = parse_args([f"@{tmp_path / 'flags.txt'}", "--epochs", "3"])
     assert args.crop == [0.5, 0.6] and args.epochs == 3 and explicit == {"crop", "epochs"}
 
 
 def test_dataset_defaults_apply_only_to_flags_that_were_not_given():
-    from train import use_dataset_defaults
-    before = {"crop": [0.8, 0.95], "old_age": 60, "seed": 1}
+    before = {"crop": [0.8, 0.95], "old_age": 60, "lr": 1e-3, "batch_size": 64,
+              "accumulation_steps": 1}
     for kind, explicit, changed in [
-        ("competition", set(), {"crop": [0.625, 0.667], "old_age": 58}),
-        ("competition", {"crop"}, {"old_age": 58}),
-        ("competition", {"crop", "old_age"}, {}),
-        ("own", set(), {}),
+        ("competition", {"lr"}, {"crop": [0.625, 0.667], "old_age": 58}),
+        ("competition", {"crop", "lr"}, {"old_age": 58}),
+        ("competition", {"crop", "old_age", "lr"}, {}),
+        ("own", {"lr"}, {}),
+        ("own", set(), {"lr": 2e-3}),
     ]:
         args = SimpleNamespace(**before)
         use_dataset_defaults(args, kind, explicit)
@@ -370,6 +370,10 @@ def test_the_eval_part_of_other_data_is_never_recorded(dataset, tmp_path, monkey
     assert dataset_folders(choose_data(None)[0])["eval_dir"] == str(other)
     assert dataset_folders(str(mine))["eval_dir"] is None
     assert dataset_folders(str(dataset))["eval_dir"] == str(dataset / "eval")
+
+
+def test_default_rate_by_hand():
+    assert [default_rate(1.4e-3, n) for n in (4, 16, 64, 128)] == [7e-4, 1.4e-3, 2.8e-3, 3.96e-3]
 
 
 def test_learning_rate_by_hand():
