@@ -26,6 +26,10 @@ FAST = ["--model", "test_efficientnet", "--weights", "none", "--resize", "32", "
 # processes, but do not need seconds of imports each.
 os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ["OMP_NUM_THREADS"] = "1"
+# Of a suite that nohup or "&" started, the commands would ignore these signals, too.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(["train", "inference", "f1", "tools.ensemble",
                                 "torch.utils.tensorboard", "matplotlib.figure",
