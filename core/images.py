@@ -17,7 +17,6 @@ import warnings
 import zlib
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -111,7 +110,8 @@ def _warn_once(path, damage):
 def _decode(path, min_size=(math.inf, math.inf)):
     """Return (pixels, size in words, Pillow's mode, damage that was repaired or "")."""
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            data = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; restore it, or start again without it") from None
     except PermissionError as error:
@@ -136,26 +136,24 @@ def _decode(path, min_size=(math.inf, math.inf)):
 
 
 def _decode_bytes(path, data, min_size):
-    data, orientation = _without_metadata(data)
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        width, height = image.size
-        facts, damage = (f"{width} x {height}", image.mode), ""
-        if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
-            raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least "
-                             f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize it")
-        # OpenCV decodes JPEGs twice as fast as Pillow, with the same pixels.
-        if image.format == "JPEG":
-            if orientation >= 5:  # width and height change places
-                min_size = min_size[::-1]
-            factor = max(n for n in REDUCED if n == 1 or (
-                height >= n * min_size[0] and width >= n * min_size[1]))
-            flags = REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            pixels, damage = _decode_jpeg(data, flags)
-            if not (damage or data.endswith(b"\xff\xd9")) and (
-                    data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
-                damage = "its end is missing"
-            if image.mode in ("RGB", "L") and pixels is not None:
-                return _rotate(pixels, orientation), *facts, damage
+    data, orientation, facts = _without_metadata(data)
+    image = None if facts else Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height, mode = facts or (*image.size, image.mode)
+    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+        raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least "
+                         f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize it")
+    facts, damage = (f"{width} x {height}", mode), ""
+    # OpenCV decodes JPEGs twice as fast as Pillow, with the same pixels.
+    if data.startswith(b"\xff\xd8\xff"):
+        if orientation >= 5:  # width and height change places
+            min_size = min_size[::-1]
+        factor = max(n for n in REDUCED if n == 1 or (
+            height >= n * min_size[0] and width >= n * min_size[1]))
+        flags = REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels, damage = _decode_jpeg(data, flags)
+        if mode in ("RGB", "L") and pixels is not None:
+            return _rotate(pixels, orientation), *facts, damage
+    with image or Image.open(io.BytesIO(data), formats=FORMATS) as image:
         _, text = _with_stderr(image.load)  # libtiff's messages
         damage = damage or text
         orientation = orientation or _orientation(image.info.get("exif", b""))  # WebP, AVIF
@@ -177,8 +175,12 @@ def _decode_jpeg(data, flags):
     if "Premature end of JPEG file" in text:
         raise ValueError("the file is truncated")
     # A few bytes too many before the end marker are harmless.
-    is_harmless = re.search(r"\b[1-7] extraneous bytes before marker 0xd9", text)
-    return pixels, "" if is_harmless else text
+    if re.search(r"\b[1-7] extraneous bytes before marker 0xd9", text):
+        text = ""
+    if not (text or data.endswith(b"\xff\xd9")) and (
+            data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
+        text = "its end is missing"
+    return pixels, text
 
 
 def _with_stderr(function, *args):
@@ -238,32 +240,35 @@ def _rotate(pixels, orientation):
 # --- metadata ---
 
 def _without_metadata(data):
-    """Return (the file without what may break a decoder but is no pixel, orientation or 0)."""
+    """Return (the file without what may break a decoder but is no pixel, orientation or 0, facts).
+
+    The facts of most JPEGs are width, height and Pillow's mode; None for other files.
+    """
     if data[:1] in (b"\r", b"\n"):  # some web servers add line breaks before the photo
         data = data.lstrip(b"\r\n")
     if data.startswith(b"\xff\xd8\xff"):
         return _without_jpeg_segments(data)
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _without_png_chunks(data)
+        return *_without_png_chunks(data), None
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _without_webp_chunks(data)
+        return *_without_webp_chunks(data), None
     if data.startswith((b"II*\0", b"MM\0*")):
         changed = bytearray(data)
         for offset, tag, _, _ in _tiff_entries(data):
             if tag not in PIXEL_TAGS:  # tag 0xFFFF of type 0 is skipped by Pillow
                 changed[offset:offset + 8] = b"\xff\xff\0\0\0\0\0\0"
-        return bytes(changed), 0  # Pillow turns the photo itself
-    return data, 0
+        return bytes(changed), 0, None  # Pillow turns the photo itself
+    return data, 0, None
 
 
 def _without_jpeg_segments(data):
-    parts, position, orientation = [data[:2]], 2, 0
+    parts, position, orientation, facts = [data[:2]], 2, 0, None
     while data[position:position + 1] == b"\xff":
         marker = data[position + 1] if position + 1 < len(data) else 0xDA
         if marker == 0xDA:  # start of scan: the pixels
             if sum(map(len, parts)) < position:  # something is left out
                 data = b"".join([*parts, data[position:]])
-            return data, orientation
+            return data, orientation, facts
         if marker == 0xFF:  # padding
             position += 1
             continue
@@ -271,12 +276,15 @@ def _without_jpeg_segments(data):
         segment = data[position:end]
         if marker == 0xE1 and segment[4:10] == b"Exif\0\0":
             orientation = orientation or _orientation(segment[4:])
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(segment) >= 10:
+            _, height, width, channels = struct.unpack(">BHHB", segment[4:10])
+            facts = width, height, {1: "L", 3: "RGB"}.get(channels, "CMYK")
         # Of application data and comments only JFIF and Adobe (12 bytes) change the colours.
         is_adobe = marker == 0xEE and len(segment) >= 16
         if is_adobe or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
             parts.append(segment)
         position = end
-    return data, orientation
+    return data, orientation, facts
 
 
 def _without_png_chunks(data):
