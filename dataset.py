@@ -177,9 +177,16 @@ class RandomAffine:
 AUGMENTATIONS = {
     "none": list,
     "flip": lambda: [RandomAffine(flip=0.5)],
+    # The middle six imitate bad photos: without them a gray or noisy photo is predicted badly.
     "base": lambda: [
         RandomAffine(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+        A.RGBShift(15, 15, 15, p=0.3),
+        A.ToGray(p=0.1),
+        A.Downscale((0.3, 0.9), {"downscale": cv2.INTER_AREA, "upscale": cv2.INTER_LINEAR}, p=0.25),
+        A.GaussianBlur(0, (0.2, 1.2), p=0.15),
+        A.GaussNoise((0.01, 0.05), p=0.15),
+        A.ImageCompression(quality_range=(30, 95), p=0.25),
         A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
     ],
 }
