@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from core.errors import InputError
-from core.labels import AGES, GENDERS, MASKS, NUM_CLASSES
-
-NUM_GROUPS = len(GENDERS) * len(AGES)
+from core.labels import GENDERS, MASKS, NUM_CLASSES
 
 
 def soft_targets(photos, age_sigma=0.0, old_age=60):
@@ -112,33 +110,9 @@ class SumLoss(nn.Module):
         return sum(loss(logits, targets) for loss in self.losses)
 
 
-class LogitAdjustedLoss(nn.Module):
-    """A loss of logits + tau x log prior (Menon et al. 2021, equation 10).
-
-    The model then learns logits that favour rare people. The prior of a class is the fraction of
-    its gender x age group; the mask state is easy to see and is left out.
-
-    Args:
-        loss: a loss of logits (B, 18) and targets (B, 18).
-        labels: integer array (N,) of 0..17, of the training photos.
-        tau: strength. 0 leaves the loss as it is; 1 optimizes balanced accuracy. Macro F1 is
-            best in between.
-    """
-
-    def __init__(self, loss, labels, tau):
-        super().__init__()
-        self.loss = loss
-        group_counts = np.maximum(np.bincount(labels % NUM_GROUPS, minlength=NUM_GROUPS), 1)
-        log_prior = np.log(group_counts / group_counts.sum())[np.arange(NUM_CLASSES) % NUM_GROUPS]
-        self.register_buffer("adjustment", torch.tensor(tau * log_prior, dtype=torch.float32))
-
-    def forward(self, logits, targets):
-        return self.loss(logits + self.adjustment, targets)
-
-
 # Name -> function of (class weights or None, label smoothing, focal gamma). To add a loss, write a
 # module from logits and targets to the mean over the batch, and add it here. If it is not a mean
-# over photos, set `is_mean_over_photos = False`. --logit_adjustment changes the logits it gets.
+# over photos, set `is_mean_over_photos = False`.
 LOSSES = {
     "cross_entropy": lambda weight, *_: CrossEntropyLoss(weight),
     "label_smoothing": lambda weight, smoothing, _: CrossEntropyLoss(weight, smoothing),

@@ -56,14 +56,7 @@ from dataset import (
     split_people,
 )
 from f1 import score, summarize, tabulate
-from loss import (
-    CLASS_WEIGHTS,
-    LOSSES,
-    LogitAdjustedLoss,
-    class_weights,
-    create_loss,
-    soft_targets,
-)
+from loss import CLASS_WEIGHTS, LOSSES, class_weights, create_loss, soft_targets
 from model import create_model, find_builder
 
 log = logging.getLogger("mask")
@@ -112,7 +105,7 @@ def main(argv=None):
     class_weight = class_weights(labels, args.class_weights)
     is_resumed = args.resume and list_checkpoints(output_dir)
     initial_weights = "none" if is_resumed else args.weights
-    trainer = create_trainer(args, initial_weights, labels, class_weight, device)
+    trainer = create_trainer(args, initial_weights, class_weight, device)
     config = model_config(trainer.model, args.model, crop_resize, args.tta, args.amp, {
         "class_counts": np.bincount(labels, minlength=NUM_CLASSES).tolist(),
         **dataset_folders(data_dir)})
@@ -190,13 +183,12 @@ def main(argv=None):
     distributed.cleanup()
 
 
-def create_trainer(args, initial_weights, labels, class_weight, device):
+def create_trainer(args, initial_weights, class_weight, device):
     """Build model, loss and optimizer.
 
     Args:
         args: the flags.
         initial_weights: imagenet, none, or a file, as `create_model` takes them.
-        labels: classes of the training photos, (N,).
         class_weight: (18,), or None.
         device: the torch device.
 
@@ -217,8 +209,8 @@ def create_trainer(args, initial_weights, labels, class_weight, device):
     return Trainer(
         model=model, parallel_model=distributed.wrap_ddp(model),
         normalize=Normalize(*input_statistics(model)).to(device),
-        criterion=LogitAdjustedLoss(criterion, labels, args.logit_adjustment).to(device),
-        optimizer=optimizer, scaler=torch.amp.GradScaler(device.type, enabled=use_float16),
+        criterion=criterion.to(device), optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=use_float16),
         ema=WeightAverage(model, args.ema_decay) if args.ema_decay else None,
         device=device, amp=args.amp, clip_grad=args.clip_grad, seed=args.seed)
 
@@ -325,7 +317,7 @@ def parse_args(argv=None):
     add("--dropout", type=fraction, default=0.5, help="dropout rate before the classifier")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--criterion", choices=LOSSES, default="label_smoothing", help="loss function")
+    add("--criterion", choices=LOSSES, default="cross_entropy", help="loss function")
     add("--label_smoothing", type=fraction, default=0.05, help="for --criterion label_smoothing")
     add("--age_sigma", type=not_negative, default=5.0,
         help="assumed error of the labelled ages in years, for soft targets (0 = off)")
@@ -333,8 +325,6 @@ def parse_args(argv=None):
         help="age that counts as old in training; scores always use 60")
     add("--gamma", type=not_negative, default=2.0, help="gamma of the focal criteria")
     add("--class_weights", choices=CLASS_WEIGHTS, default="none", help="by inverse class frequency")
-    add("--logit_adjustment", type=not_negative, default=0.4,
-        help="strength of logit adjustment towards rare gender x age groups (0 = off)")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=5, help="epochs of as many draws as there are photos")

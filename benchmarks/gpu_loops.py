@@ -10,7 +10,6 @@ import sys
 import time
 import traceback
 
-import numpy as np
 import pandas as pd
 import timm
 import timm.data
@@ -116,7 +115,7 @@ def our_step(args, batch, size=None):
     device, size = torch.device(args.device), size or args.settings.size
     flags = train_script.parse_args(
         train_flags(args, "sample", "--batch_size", batch, "--resize", *size))[0]
-    trainer = train_script.create_trainer(flags, "none", np.arange(18), None, device)
+    trainer = train_script.create_trainer(flags, "none", None, device)
     images = torch.randint(256, (batch, *size, 3), dtype=torch.uint8)
     targets = torch.rand(batch, 18).softmax(dim=1)
     if device.type == "cuda":  # as the loader does

@@ -40,11 +40,9 @@ ENSEMBLES = {"ensemble": ["loss-weight", "vgg11-tuned", "resnet"]}
 ABLATION = {
     "no-crop": "--crop 1 1",
     "no-soft-ages": "--age_sigma 0",
-    "no-adjustment": "--logit_adjustment 0",
     "no-sampler": "--sampler none",
     "no-augmentation": "--augmentation none",
     "no-average": "--ema_decay 0",
-    "no-smoothing": "--label_smoothing 0",
     "no-dropout": "--dropout 0",
 }
 NO_MIRROR = "no-mirror"  # the models of "ours", without mirror images

@@ -6,19 +6,10 @@ import pytest
 import torch
 from sklearn.metrics import f1_score
 from sklearn.utils.class_weight import compute_class_weight
-from torch import nn
 from torchvision.ops import sigmoid_focal_loss
 
 from core.errors import InputError
-from loss import (
-    LOSSES,
-    CrossEntropyLoss,
-    FocalLoss,
-    LogitAdjustedLoss,
-    SoftF1Loss,
-    class_weights,
-    create_loss,
-)
+from loss import LOSSES, CrossEntropyLoss, FocalLoss, SoftF1Loss, class_weights, create_loss
 
 torch.manual_seed(0)
 LOGITS, TARGETS = torch.randn(40, 18), torch.eye(18)[torch.arange(40) % 18]
@@ -131,15 +122,3 @@ def test_a_target_between_two_classes_by_hand():
         photo_weight * (0.75 * math.log(2) + 0.25 * math.log(34)))
     assert FocalLoss(weight)(logits, target).item() == approx(
         photo_weight * (0.75 * 0.25 * math.log(2) + 0.25 * (33 / 34) ** 2 * math.log(34)))
-
-
-def test_logit_adjustment_by_hand():
-    # Gender x age groups of 8, 4, 2, 1 and 1 photos, and one without a photo, which counts as
-    # one. The mask state makes no difference.
-    labels = np.repeat([0, 6, 12, 1, 13, 2, 3, 4], [4, 3, 1, 2, 2, 2, 1, 1])
-    prior = torch.tensor([8, 4, 2, 1, 1, 1]).repeat(3) / 17
-    expected = nn.functional.cross_entropy(LOGITS + 0.5 * prior.log(), TARGETS)
-    plain = CrossEntropyLoss()
-    adjusted = LogitAdjustedLoss(plain, labels, 0.5)(LOGITS, TARGETS)
-    assert adjusted.item() == approx(expected.item())
-    assert LogitAdjustedLoss(plain, labels, 0)(LOGITS, TARGETS) == plain(LOGITS, TARGETS)

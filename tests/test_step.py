@@ -4,7 +4,6 @@ That all batches of a run have one shape is in test_train.py.
 """
 import contextlib
 
-import numpy as np
 import pytest
 import torch
 from conftest import DEVICE, FAST
@@ -49,9 +48,8 @@ def refuse_to_wait():
 def test_a_step_does_not_wait_for_the_device(flags):
     device = torch.device(DEVICE)
     args = parse_args([*FAST, *flags])[0]
-    labels = np.arange(36) % 18
     class_weight = None if args.class_weights == "none" else torch.ones(18)
-    trainer = create_trainer(args, "none", labels, class_weight, device)
+    trainer = create_trainer(args, "none", class_weight, device)
     images = torch.randint(256, (16, *args.resize, 3), dtype=torch.uint8)
     targets = torch.eye(18)[torch.arange(16) % 18]
     if DEVICE == "cuda":  # as the loader does
