@@ -177,8 +177,13 @@ class RandomAffine:
 AUGMENTATIONS = {
     "none": list,
     "flip": lambda: [RandomAffine(flip=0.5)],
-    # The middle six imitate bad photos: without them a gray or noisy photo is predicted badly.
     "base": lambda: [
+        RandomAffine(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
+        A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+        A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
+    ],
+    # For photos that are worse than those of training: gray, small, blurred, noisy, compressed.
+    "robust": lambda: [
         RandomAffine(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.RGBShift(15, 15, 15, p=0.3),

@@ -142,7 +142,7 @@ def test_affine_by_hand():
     assert (crop_resize(photo, outside) == expected).all()
 
 
-@pytest.mark.parametrize("augmentation", ["base"])  # the presets that move photos
+@pytest.mark.parametrize("augmentation", ["base", "robust"])  # the presets that move photos
 def test_random_affine_moves_in_all_directions_equally(augmentation):
     """A shift in one direction only would train on faces in other places than in validation."""
     affine, size = AUGMENTATIONS[augmentation]()[0], (100, 50)
