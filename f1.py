@@ -8,10 +8,13 @@ Rows are matched by ImageID. The interval is a bootstrap over people if answers.
 `person`, else over photos.
 """
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from core.cli import ArgumentParser, run_cli
 from core.errors import InputError

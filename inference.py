@@ -10,12 +10,15 @@ checkpoint.
 """
 import os
 import shlex
+import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from core import distributed
 from core.checkpoint import find_checkpoint, read_config

@@ -8,6 +8,7 @@
 """
 import logging
 import math
+import os
 import sys
 from argparse import BooleanOptionalAction
 from itertools import islice
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from core import distributed, run_folder
 from core.checkpoint import (

@@ -4,7 +4,7 @@ import functools
 import io
 import logging
 import math
-import multiprocessing
+import multiprocessing.util
 import os
 import shlex
 import shutil

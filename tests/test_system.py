@@ -336,6 +336,14 @@ def test_a_results_folder_in_foreign_bytes_is_refused_before_the_work(tmp_path):
         check_output_dir(tmp_path / FOREIGN, resume=False, overwrite=False, argv=[])
 
 
+@pytest.mark.parametrize("name", ["train.py", "inference.py", "f1.py"])
+def test_a_script_runs_with_pythonsafepath(name, tmp_path):
+    """Python then leaves the folder of the script out of its path."""
+    environment = {key: os.environ[key] for key in os.environ if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, ROOT / name, "--help"], check=True, cwd=tmp_path,
+                   env=environment | {"PYTHONSAFEPATH": "1"}, stdout=subprocess.DEVNULL)
+
+
 def test_commands_can_be_named_in_a_folder_that_was_deleted(tmp_path, monkeypatch):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
