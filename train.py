@@ -321,13 +321,15 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("loss").add_argument
     add("--criterion", choices=LOSSES, default="cross_entropy", help="loss function")
-    add("--label_smoothing", type=fraction, default=0.05, help="for --criterion label_smoothing")
+    add("--label_smoothing", type=fraction, default=0.05,
+        help="amount of smoothing, for --criterion label_smoothing only")
     add("--age_sigma", type=not_negative, default=5.0,
         help="assumed error of the labelled ages in years, for soft targets (0 = off)")
     add("--old_age", type=in_range(int, 50, 71), default=60,
         help="age that counts as old in training; scores always use 60")
     add("--gamma", type=not_negative, default=2.0, help="gamma of the focal criteria")
-    add("--class_weights", choices=CLASS_WEIGHTS, default="none", help="by inverse class frequency")
+    add("--class_weights", choices=CLASS_WEIGHTS, default="none",
+        help="weight the loss by inverse class frequency")
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=5, help="epochs of as many draws as there are photos")
@@ -336,7 +338,8 @@ def parse_args(argv=None):
     add("--optimizer", type=optimizer_name, default="adamw", help="any timm optimizer name")
     add("--lr", type=in_range(float, 1e-12), default=1.4e-3, help="peak learning rate; "
         "the default is for 16 photos per step, and grows with the square root of that number")
-    add("--weight_decay", type=not_negative, default=0.05, help="not used on norms and biases")
+    add("--weight_decay", type=not_negative, default=0.05,
+        help="weight decay (0 for norms and biases)")
     add("--warmup", type=fraction, default=0.1,
         help="fraction of all steps used for learning-rate warm-up")
     add("--clip_grad", type=not_negative, default=1.0,

@@ -136,9 +136,9 @@ def _decode(path, min_size=(math.inf, math.inf)):
 
 
 def _decode_bytes(path, data, min_size):
-    data, orientation, facts = _without_metadata(data)
-    image = None if facts else Image.open(io.BytesIO(data), formats=FORMATS)
-    width, height, mode = facts or (*image.size, image.mode)
+    data, orientation, header = _without_metadata(data)
+    image = None if header else Image.open(io.BytesIO(data), formats=FORMATS)
+    width, height, mode = header or (*image.size, image.mode)
     if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
         raise InputError(f"{path}: {width} x {height} pixels; expected sides of at least "
                          f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize it")
@@ -240,9 +240,9 @@ def _rotate(pixels, orientation):
 # --- metadata ---
 
 def _without_metadata(data):
-    """Return (the file without what may break a decoder but is no pixel, orientation or 0, facts).
+    """Take out of a file what is not needed for the pixels and may break a decoder.
 
-    The facts of most JPEGs are width, height and Pillow's mode; None for other files.
+    Returns (the file, orientation or 0, header): of most JPEGs (width, height, Pillow's mode).
     """
     if data[:1] in (b"\r", b"\n"):  # some web servers add line breaks before the photo
         data = data.lstrip(b"\r\n")
@@ -262,13 +262,13 @@ def _without_metadata(data):
 
 
 def _without_jpeg_segments(data):
-    parts, position, orientation, facts = [data[:2]], 2, 0, None
+    parts, position, orientation, header = [data[:2]], 2, 0, None
     while data[position:position + 1] == b"\xff":
         marker = data[position + 1] if position + 1 < len(data) else 0xDA
         if marker == 0xDA:  # start of scan: the pixels
             if sum(map(len, parts)) < position:  # something is left out
                 data = b"".join([*parts, data[position:]])
-            return data, orientation, facts
+            return data, orientation, header
         if marker == 0xFF:  # padding
             position += 1
             continue
@@ -278,13 +278,13 @@ def _without_jpeg_segments(data):
             orientation = orientation or _orientation(segment[4:])
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(segment) >= 10:
             _, height, width, channels = struct.unpack(">BHHB", segment[4:10])
-            facts = width, height, {1: "L", 3: "RGB"}.get(channels, "CMYK")
+            header = width, height, {1: "L", 3: "RGB"}.get(channels, "CMYK")
         # Of application data and comments only JFIF and Adobe (12 bytes) change the colours.
         is_adobe = marker == 0xEE and len(segment) >= 16
         if is_adobe or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
             parts.append(segment)
         position = end
-    return data, orientation, facts
+    return data, orientation, header
 
 
 def _without_png_chunks(data):
