@@ -6,6 +6,7 @@ Batch k of a run depends only on (seed, k). It is therefore the same for any num
 processes, and after a resume. Tables of photos are pandas DataFrames with one row per photo.
 """
 import functools
+import logging
 import math
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 
 import cv2
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
@@ -21,12 +23,19 @@ from core import distributed
 from core.cli import STOP_SIGNALS
 from core.errors import InputError
 from core.images import read_image
-from core.labels import AGES
-from core.layout import read_train  # noqa: F401  (other files import it from here)
+from core.labels import AGES, NUM_CLASSES, PROBABILITIES, decode
+from core.layout import (
+    dataset_folders,
+    read_eval,
+    read_train,  # noqa: F401  (other files import it from here)
+)
+from core.tables import read_table
 
 # Without this, importing albumentations asks the network for its newest version.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
+
+log = logging.getLogger("mask")
 
 cv2.setNumThreads(0)  # one photo is too little work to share between threads
 
@@ -68,6 +77,53 @@ def split_people(photos, val_ratio=0.2, seed=0, n_folds=0, fold=0):
                          f"least one person each")
     is_valid = photos.person.isin(ordered[positions])
     return (photos[~is_valid].reset_index(drop=True), photos[is_valid].reset_index(drop=True))
+
+
+# --- photos without labels ---
+
+def add_soft_targets(photos, targets, files, data_dir):
+    """Add the photos of the eval part to training, with predicted probabilities as their targets.
+
+    These are pseudo-labels (Lee 2013), soft as in distillation (Hinton et al. 2015).
+
+    Args:
+        photos, targets: the table of the labelled photos, and their targets (N, 18).
+        files: csv files with ImageID, which is a photo of the eval part, and p0..p17; the mean of
+            the files is used.
+        data_dir: the dataset.
+
+    Returns:
+        (photos, targets) with more rows, whose gender and age are the most probable ones; without
+        files, what was passed.
+
+    Raises:
+        InputError: if a file lists other photos, or its values are not probabilities, and as
+            `read_eval` and `read_table`.
+    """
+    if not files:
+        return photos, targets
+    eval_photos = read_eval(dataset_folders(data_dir)["eval_dir"] or data_dir)
+    tables = [read_table(file, ["ImageID", *PROBABILITIES], key="ImageID") for file in files]
+    added = eval_photos[eval_photos.ImageID.isin(tables[0].ImageID)]
+    total = np.zeros((len(added), NUM_CLASSES))
+    for file, table in zip(files, tables, strict=True):
+        listed, expected = set(table.ImageID), set(added.ImageID)
+        if listed != expected:
+            name = min(listed - expected or expected - listed)
+            raise InputError(f"--soft_targets {file}: {name!r} is not in the eval part of "
+                             f"{data_dir}, or not in all files; expected the same photos in all")
+        values = table[PROBABILITIES].apply(pd.to_numeric, errors="coerce")
+        wrong = ~(values.ge(0).all(axis=1) & values.sum(axis=1).between(0.99, 1.01))
+        if wrong.any():
+            raise InputError(f"--soft_targets {file}, line {table.index[wrong][0]}: expected "
+                             f"p0..p17 >= 0 with a sum of 1")
+        total += values.set_index(table.ImageID).loc[added.ImageID].to_numpy()
+    total /= total.sum(axis=1, keepdims=True)
+    log.info(f"photos of the eval part that join training: {len(added)}")
+    _, gender, age = decode(total.argmax(axis=1))
+    added = added.assign(gender=gender, age=age)
+    targets = torch.cat([targets, torch.tensor(total, dtype=targets.dtype)])
+    return pd.concat([photos, added], ignore_index=True), targets
 
 
 # --- crop and resize ---

@@ -54,6 +54,7 @@ from dataset import (
     BatchSampler,
     CropResize,
     MaskDataset,
+    add_soft_targets,
     create_eval_loader,
     create_train_loader,
     split_people,
@@ -97,11 +98,12 @@ def main(argv=None):
                                               args.fold)
     crop_resize = CropResize(args.resize, args.crop)
     targets = soft_targets(train_photos, args.age_sigma, args.old_age)
-    train_set = MaskDataset(train_photos, crop_resize, Augmentation(args.augmentation), targets)
+    all_photos, targets = add_soft_targets(train_photos, targets, args.soft_targets, data_dir)
+    train_set = MaskDataset(all_photos, crop_resize, Augmentation(args.augmentation), targets)
     valid_set = MaskDataset(valid_photos, crop_resize)
-    sampler = BatchSampler(train_photos, args.batch_size, args.sampler, args.seed)
+    sampler = BatchSampler(all_photos, args.batch_size, args.sampler, args.seed)
     photos_per_step = args.batch_size * args.accumulation_steps
-    total_steps = math.ceil(args.epochs * len(train_photos) / photos_per_step)
+    total_steps = math.ceil(args.epochs * len(all_photos) / photos_per_step)
 
     # Model, loss and optimizer. A run that is resumed loads its weights from the checkpoint.
     labels = train_photos.label.to_numpy()
@@ -114,7 +116,8 @@ def main(argv=None):
         **dataset_folders(data_dir)})
 
     # Results folder: lock it until main returns, and restore the last checkpoint if asked to.
-    state = TrainerState(data=fingerprint(photos), args=run_folder.recorded_flags(args))
+    state = TrainerState(data=fingerprint(photos, args.soft_targets),
+                         args=run_folder.recorded_flags(args))
     _lock, training_state = run_folder.open_run(args, state, argv)
     if training_state is not None:
         trainer.load_state_dict(training_state)
@@ -142,7 +145,7 @@ def main(argv=None):
             loss = train_step(trainer, islice(batches, args.accumulation_steps), step, lr)
         trainer.losses.append(loss)
         state.step = step
-        state.epoch = round(step * photos_per_step / len(train_photos), 4)
+        state.epoch = round(step * photos_per_step / len(all_photos), 4)
         reporter.progress.update()
         signal_number = signals.poll(step, args.log_interval)
 
@@ -306,6 +309,8 @@ def parse_args(argv=None):
         help="correct the known wrong labels of the competition's dataset")
     add("--on_bad_image", choices=["error", "skip"], default="error",
         help="skip: check all photos first, leave out those that cannot be decoded")
+    add("--soft_targets", nargs="+", metavar="CSV",
+        help="train on the eval photos, too, with these probabilities (inference.py --save_probs)")
     add("--resize", nargs=2, type=in_range(int, 16, 4097), default=[384, 288],
         metavar=("H", "W"), help="input size in pixels")
     add("--crop", nargs=2, type=in_range(float, 0.05, 1, including_high=True),

@@ -363,7 +363,12 @@ def _fix_labels(photos):
     return photos
 
 
-def fingerprint(photos):
-    """Return a hash of the people, shots, years and labels; a resumed run must have the same."""
+def fingerprint(photos, files=None):
+    """Return a hash of the people, shots, years and labels, and of files with more targets.
+
+    A resumed run must have the same.
+    """
     columns = photos[["person", "shot", "years", "label"]]
-    return hashlib.sha256(columns.to_csv(index=False).encode()).hexdigest()
+    data = columns.to_csv(index=False).encode()
+    return hashlib.sha256(data + b"".join(Path(file).read_bytes() for file in files or ())
+                          ).hexdigest()

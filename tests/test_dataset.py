@@ -21,6 +21,7 @@ from dataset import (
     CropResize,
     MaskDataset,
     RandomAffine,
+    add_soft_targets,
     create_eval_loader,
     create_train_loader,
     split_people,
@@ -85,6 +86,53 @@ def test_too_few_people():
         split_people(people_table(3), n_folds=5, fold=0)
     with pytest.raises(InputError, match="too few for --val_ratio"):
         split_people(people_table(2), val_ratio=0.2)
+
+
+# --- photos without labels ---
+
+def soft_table(path, rows):
+    """Write probabilities: rows of (ImageID, {class: probability})."""
+    table = pd.DataFrame([{"ImageID": name, **{f"p{i}": p.get(i, 0) for i in range(18)}}
+                          for name, p in rows])
+    table.to_csv(path, index=False)
+    return path
+
+
+def test_soft_targets_of_eval_photos_are_the_mean_of_the_files(dataset, tmp_path):
+    photos = read_train(dataset)
+    targets = soft_targets(photos)
+    names = sorted(path.name for path in (dataset / "eval/images").iterdir())[:2]
+    one = soft_table(tmp_path / "one.csv", [(names[0], {3: 1}), (names[1], {14: 0.6, 12: 0.4})])
+    other = soft_table(tmp_path / "other.csv", [(names[1], {14: 0.2, 12: 0.8}),
+                                                (names[0], {3: 0.5, 17: 0.5})])
+    more, soft = add_soft_targets(photos, targets, [one, other], dataset)
+    assert len(more) == len(soft) == len(photos) + 2
+    columns = ["path", "gender", "age"]
+    pd.testing.assert_frame_equal(more[columns][:len(photos)], photos[columns])
+    assert torch.equal(soft[:len(photos)], targets) and soft.dtype == torch.float32
+    added = {path.rsplit("/")[-1]: (gender, age, target) for path, gender, age, target
+             in zip(more.path, more.gender, more.age, soft.tolist(), strict=True)}
+    gender, age, target = added[names[0]]  # class 3: female, under 30
+    assert (gender, age, target[3], target[17]) == (1, 0, 0.75, 0.25)
+    gender, age, target = added[names[1]]  # class 12: male, under 30
+    assert (gender, age, target[12], target[14]) == (0, 0, pytest.approx(0.6), pytest.approx(0.4))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda rows: [rows[0], ("no.jpg", {0: 1})], "'no.jpg' is not in the eval part"),
+    (lambda rows: rows[:1], "or not in all files"),
+    (lambda rows: [rows[0], (rows[1][0], {0: 2})], "line 3: expected p0..p17 >= 0 with a sum of 1"),
+    (lambda rows: [rows[0], (rows[1][0], {0: 2, 1: -1})], "line 3: expected p0..p17 >= 0"),
+    (lambda rows: [rows[0], (rows[1][0], {0: "x", 1: 1})], "line 3: expected p0..p17 >= 0"),
+    (lambda rows: rows + rows[:1], "is repeated"),
+])
+def test_other_soft_targets_are_refused(dataset, tmp_path, change, message):
+    photos = read_train(dataset)
+    names = sorted(path.name for path in (dataset / "eval/images").iterdir())[:2]
+    rows = [(name, {0: 1}) for name in names]
+    files = [soft_table(tmp_path / "one.csv", rows), soft_table(tmp_path / "b.csv", change(rows))]
+    with pytest.raises(InputError, match=message):
+        add_soft_targets(photos, soft_targets(photos), files, dataset)
 
 
 # --- crop, resize and augmentation ---

@@ -84,6 +84,22 @@ def test_args_txt_repeats_the_run(command, dataset, tmp_path):
     assert_same_files(tmp_path / "results", tmp_path / "other", ["args.txt", "log.jsonl"])
 
 
+def test_photos_with_soft_targets_join_training(command, dataset, tmp_path, trained):
+    """24 people: 19 are trained, 133 photos in 9 steps; with the 20 eval photos 153 in 10."""
+    result = command("inference", "--model_dir", trained, "--save_probs", "probs.csv")
+    assert result.returncode == 0, result.stderr
+    out = train(command, dataset, "results", "--soft_targets", "probs.csv")
+    assert "photos of the eval part that join training: 20\n" in out
+    assert "training: people 19, photos 133" in out and "steps: 10 of 16 photos" in out
+    assert (tmp_path / "results/args.txt").read_text().count("--soft_targets=probs.csv\n") == 1
+    # A resumed run must have the same.
+    table = pd.read_csv(tmp_path / "probs.csv")
+    table[["p0", "p1"]] = table[["p1", "p0"]].to_numpy()
+    table.to_csv(tmp_path / "probs.csv", index=False)
+    again = command("train", "@results/args.txt", "--resume")
+    assert again.returncode == 2 and "labels of the dataset have changed" in again.stderr
+
+
 def test_validation_batch_size_changes_no_metric(command, dataset, tmp_path):
     """The last batch is never dropped, and F1 is never a mean over batches."""
     for size in (64, 5):
