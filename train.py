@@ -98,12 +98,12 @@ def main(argv=None):
                                               args.fold)
     crop_resize = CropResize(args.resize, args.crop)
     targets = soft_targets(train_photos, args.age_sigma, args.old_age)
-    all_photos, targets = add_soft_targets(train_photos, targets, args.soft_targets, data_dir)
-    train_set = MaskDataset(all_photos, crop_resize, Augmentation(args.augmentation), targets)
+    sampled_photos, targets = add_soft_targets(train_photos, targets, args.soft_targets, data_dir)
+    train_set = MaskDataset(sampled_photos, crop_resize, Augmentation(args.augmentation), targets)
     valid_set = MaskDataset(valid_photos, crop_resize)
-    sampler = BatchSampler(all_photos, args.batch_size, args.sampler, args.seed)
+    sampler = BatchSampler(sampled_photos, args.batch_size, args.sampler, args.seed)
     photos_per_step = args.batch_size * args.accumulation_steps
-    total_steps = math.ceil(args.epochs * len(all_photos) / photos_per_step)
+    total_steps = math.ceil(args.epochs * len(sampled_photos) / photos_per_step)
 
     # Model, loss and optimizer. A run that is resumed loads its weights from the checkpoint.
     labels = train_photos.label.to_numpy()
@@ -145,7 +145,7 @@ def main(argv=None):
             loss = train_step(trainer, islice(batches, args.accumulation_steps), step, lr)
         trainer.losses.append(loss)
         state.step = step
-        state.epoch = round(step * photos_per_step / len(all_photos), 4)
+        state.epoch = round(step * photos_per_step / len(sampled_photos), 4)
         reporter.progress.update()
         signal_number = signals.poll(step, args.log_interval)
 
@@ -329,7 +329,7 @@ def parse_args(argv=None):
     add("--label_smoothing", type=fraction, default=0.05,
         help="amount of smoothing, for --criterion label_smoothing only")
     add("--age_sigma", type=not_negative, default=5.0,
-        help="assumed error of the labelled ages in years, for soft targets (0 = off)")
+        help="assumed error of the labelled ages in years; blurs the age groups (0 = off)")
     add("--old_age", type=in_range(int, 50, 71), default=60,
         help="age that counts as old in training; scores always use 60")
     add("--gamma", type=not_negative, default=2.0, help="gamma of the focal criteria")

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from core.checkpoint import find_checkpoint, read_config
 from core.device import choose_device
 from core.images import read_image
-from core.labels import decode
+from core.labels import MASKS, decode
 from core.prediction import predict
 from dataset import CropResize, create_eval_loader
 from f1 import macro_f1
@@ -106,10 +106,11 @@ def main():
             answers.append(predict([member], loader, device)[0].argmax(axis=1))
             labels.append(table.label)
         label, answer = np.concatenate(labels), np.concatenate(answers)
+        state = decode(label)[0]
         mask, gender, age = (true == answered for true, answered
                              in zip(decode(label), decode(answer), strict=True))
-        states = " / ".join(f"{mask[label // 6 == state].mean():.3f}" for state in range(3))
-        print(f"| {name} | {macro_f1(label, answer):.3f} | {states} | {gender.mean():.3f} / "
+        recalls = " / ".join(f"{mask[state == k].mean():.3f}" for k in range(len(MASKS)))
+        print(f"| {name} | {macro_f1(label, answer):.3f} | {recalls} | {gender.mean():.3f} / "
               f"{age.mean():.3f} |", flush=True)
 
 

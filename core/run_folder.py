@@ -189,8 +189,9 @@ def resume_run(output_dir, state):
             raise InputError(f"--resume: this run had {old}, and {new} would change earlier "
                              f"steps; pass the same flag again, or another --output_dir")
     if before.data != state.data:
-        raise InputError("--resume: the people, photos or labels of the dataset have changed; "
-                         "pass the --data_dir of this run, or another --output_dir")
+        raise InputError("--resume: the people, photos or labels of the dataset have changed, or a "
+                         "file of --soft_targets; pass the --data_dir and files of this run, or "
+                         "another --output_dir")
     for name in ("step", "epoch", "best_step", "best_macro_f1", "history"):
         setattr(state, name, getattr(before, name))
     state.args["weights"] = before.args.get("weights", state.args["weights"])

@@ -91,13 +91,13 @@ def test_photos_with_soft_targets_join_training(command, dataset, tmp_path, trai
     out = train(command, dataset, "results", "--soft_targets", "probs.csv")
     assert "photos of the eval part that join training: 20\n" in out
     assert "training: people 19, photos 133" in out and "steps: 10 of 16 photos" in out
-    assert (tmp_path / "results/args.txt").read_text().count("--soft_targets=probs.csv\n") == 1
+    assert "--soft_targets=probs.csv\n" in (tmp_path / "results/args.txt").read_text()
     # A resumed run must have the same.
     table = pd.read_csv(tmp_path / "probs.csv")
     table[["p0", "p1"]] = table[["p1", "p0"]].to_numpy()
     table.to_csv(tmp_path / "probs.csv", index=False)
     again = command("train", "@results/args.txt", "--resume")
-    assert again.returncode == 2 and "labels of the dataset have changed" in again.stderr
+    assert again.returncode == 2 and "a file of --soft_targets" in again.stderr
 
 
 def test_validation_batch_size_changes_no_metric(command, dataset, tmp_path):
