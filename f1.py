@@ -8,6 +8,7 @@ Rows are matched by ImageID. The interval is a bootstrap over people if answers.
 `person`, else over photos.
 """
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import pandas as pd
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
-from core.cli import ArgumentParser, run_cli
+from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
 from core.evaluation import draw_people
 from core.labels import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode
@@ -225,11 +226,16 @@ def main(argv=None):
     args = parse_args(argv)
     last = args.tables[-1]
     # Two csv files without labels are a submission and its answers; all else are held-out photos.
-    is_submission = (len(args.tables) == 2 and not Path(last).is_dir()
-                     and "label" not in read_table(last, []).columns)
+    has_labels = Path(last).is_dir() or "label" in read_table(last, []).columns
+    is_submission = len(args.tables) == 2 and not has_labels
+    if len(args.tables) == 1 and not has_labels:
+        raise InputError(f"{last}: it has no labels; pass the answers, too: {script('f1.py')} "
+                         f"{shlex.quote(last)} answers.csv")
     table = match(*args.tables) if is_submission else read_pooled(args.tables)
     print(report(table.label, table["ans"], table.get("person")))
     if args.against:
+        if is_submission and len(args.against) > 1:
+            raise InputError("--against: expected one submission, as before the answers")
         other = match(args.against[0], last) if is_submission else read_pooled(args.against)
         print(compare(table, other, args.against[0]))
 

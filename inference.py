@@ -4,7 +4,7 @@
     python inference.py --model_dir=./results --data_dir my_photos/    # any photos
     python inference.py --model_dir results/fold-0 results/fold-1      # the mean of several
 
-In photos that are not an eval part it finds every face, and frames it as in the training photos.
+In photos that are not an eval part it looks for faces, and frames each as in the training photos.
 Model, input size, crop, mirror images, precision, normalization and classes come from the
 checkpoint.
 """
@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from core import distributed
-from core.checkpoint import find_checkpoint, read_config
+from core.checkpoint import find_checkpoint, read_config, sample_note
 from core.cli import ArgumentParser, in_range, restores_process, run_cli, script
 from core.device import choose_device, choose_workers, configure_backend
 from core.drawing import check_draw_folder, save_drawings
@@ -68,7 +68,7 @@ def main(argv=None):
         if is_eval:
             raise InputError("--on_bad_image skip: a submission needs all rows of the eval part; "
                              "restore the photo, or pass other photos with --data_dir")
-        photos = drop_bad_images(photos)
+        photos = distributed.from_main_process(drop_bad_images, photos)
         if photos.empty:
             raise InputError(f"{data_dir}: none of its photos can be decoded")
     predictors = [create_predictor(checkpoint, args.engine, args.amp, device)
@@ -78,6 +78,8 @@ def main(argv=None):
               f"{' and '.join(map(str, checkpoints))}")
         if no_faces:
             print(f"faces: not looked for: {no_faces}")
+        if not is_eval and (note := sample_note(configs)):
+            print(note)
 
     # One row per face, if faces are looked for.
     workers = choose_workers(args.num_workers, device)
@@ -195,11 +197,11 @@ def choose_photos(data_dir, configs, checkpoints):
     if len(data_dir) == 1 and not is_train_part(data_dir[0]) and (
             folder := find_part(data_dir[0], "eval")):
         return read_eval(folder), folder, True
-    return list_images(data_dir), data_dir[0], False
+    return list_images(data_dir), " and ".join(data_dir), False
 
 
 def readable_columns(probabilities, predictions):
-    """Return mask, gender and age in words, each with its own probability, and the class's.
+    """Return mask, gender and age in words, and the probabilities of these and of the class.
 
     Args:
         probabilities: (N, 18).
@@ -251,6 +253,8 @@ def parse_args(argv=None):
         help="weight of each --model_dir in the mean (default: equal)")
     add("--tta", choices=["none", "hflip"],
         help="hflip: average a photo's predictions with its mirror image's (default: as trained)")
+    add("--engine", choices=["torch", "onnxruntime"], default="torch",
+        help="onnxruntime: faster on a CPU, needs requirements-onnx.txt")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_dir", nargs="+",
@@ -261,14 +265,12 @@ def parse_args(argv=None):
                          "predictions.csv for other photos)")
     add("--save_probs", metavar="CSV", help="also write the 18 probabilities of each photo")
 
-    add("--engine", choices=["torch", "onnxruntime"], default="torch",
-        help="onnxruntime: faster on a CPU, needs requirements-onnx.txt")
-
     add = parser.add_argument_group("faces and drawings").add_argument
     add("--face", action=BooleanOptionalAction,
-        help="find every face and frame it as in the training photos (default: in photos that are "
+        help="look for faces and frame each as in the training photos (default: in photos that are "
              "not an eval part, with requirements-face.txt)")
-    add("--face_model", metavar="FILE", help="another YuNet file (default: requirements-face.txt)")
+    add("--face_model", metavar="FILE",
+        help="YuNet file to use (default: that of requirements-face.txt)")
     add("--draw", metavar="FOLDER", help="also write the photos with the predictions drawn on them")
 
     parser.add_machine_flags()

@@ -93,7 +93,7 @@ def main(argv=None):
     use_dataset_defaults(args, kind, explicit)
     photos = read_train(data_dir, args.fix_labels)
     if args.on_bad_image == "skip":
-        photos = drop_bad_images(photos)
+        photos = distributed.from_main_process(drop_bad_images, photos)
     train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds,
                                               args.fold)
     crop_resize = CropResize(args.resize, args.crop)
@@ -113,7 +113,7 @@ def main(argv=None):
     trainer = create_trainer(args, initial_weights, class_weight, device)
     config = model_config(trainer.model, args.model, crop_resize, args.tta, args.amp, {
         "class_counts": np.bincount(labels, minlength=NUM_CLASSES).tolist(),
-        **dataset_folders(data_dir)})
+        "data_kind": kind, **dataset_folders(data_dir)})
 
     # Results folder: lock it until main returns, and restore the last checkpoint if asked to.
     state = TrainerState(data=fingerprint(photos, args.soft_targets),
@@ -121,6 +121,7 @@ def main(argv=None):
     _lock, training_state = run_folder.open_run(args, state, argv)
     if training_state is not None:
         trainer.load_state_dict(training_state)
+        del training_state  # as large as the model and its optimizer
     total_steps = run_folder.last_step(state, total_steps, args.patience)
     record_framing(config, train_photos, output_dir, state.step)  # for photos of other kinds
 
@@ -308,16 +309,18 @@ def parse_args(argv=None):
     add("--fix_labels", action=BooleanOptionalAction, default=True,
         help="correct the known wrong labels of the competition's dataset")
     add("--on_bad_image", choices=["error", "skip"], default="error",
-        help="skip: check all photos first, leave out those that cannot be decoded")
+        help="skip: check all labelled photos first, leave out those that cannot be decoded")
     add("--soft_targets", nargs="+", metavar="CSV",
         help="train on the eval photos, too, with these probabilities (inference.py --save_probs)")
     add("--resize", nargs=2, type=in_range(int, 16, 4097), default=[384, 288],
         metavar=("H", "W"), help="input size in pixels")
     add("--crop", nargs=2, type=in_range(float, 0.05, 1, including_high=True),
         default=[0.8, 0.95], metavar=("H", "W"), help="centre crop, as fractions of the photo")
-    add("--augmentation", choices=AUGMENTATIONS, default="base", help="augmentation preset")
+    add("--augmentation", choices=AUGMENTATIONS, default="base",
+        help="flip: mirror; base: flip, small moves, brightness, erasing; robust: base, and gray, "
+             "blur, noise, JPEG")
     add("--sampler", choices=SAMPLERS, default="sqrt",
-        help="draw photos of a group of n photos with weight 1, 1/sqrt(n) or 1/n")
+        help="weight of a photo whose gender and age group has n photos: 1, 1/sqrt(n) or 1/n")
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="efficientnet_b4", help="a name in model.py, or any timm model name")
@@ -334,10 +337,12 @@ def parse_args(argv=None):
         help="age that counts as old in training; scores always use 60")
     add("--gamma", type=not_negative, default=2.0, help="gamma of the focal criteria")
     add("--class_weights", choices=CLASS_WEIGHTS, default="none",
-        help="weight the loss by inverse class frequency")
+        help="weight of a class of n photos in the loss: 1, 1/n, 1/sqrt(n), or 1 over the "
+             "effective number of photos")
 
     add = parser.add_argument_group("optimization").add_argument
-    add("--epochs", type=positive, default=5, help="epochs of as many draws as there are photos")
+    add("--epochs", type=positive, default=5,
+        help="epochs; one epoch draws as many photos as there are")
     add("--batch_size", type=positive, default=16, help="photos per batch, over all processes")
     add("--accumulation_steps", type=positive, default=1, help="batches per optimizer step")
     add("--optimizer", type=optimizer_name, default="adamw", help="any timm optimizer name")

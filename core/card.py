@@ -171,8 +171,9 @@ def describe_data(state, train_photos, valid_photos):
         people = photos.drop_duplicates("person")
         counts = np.bincount(people.gender * len(AGES) + people.age, minlength=len(PEOPLE))
         rows.append([name, len(photos), len(people), *counts])
+    soft = ", and of the files of --soft_targets" if state.args.get("soft_targets") else ""
     return (f"## Data\n\n{as_table(['', 'photos', 'people', *PEOPLE], rows)}\n\n"
-            f"SHA-256 of people, shots, ages and labels: `{state.data}`")
+            f"SHA-256 of people, shots, ages and labels{soft}: `{state.data}`")
 
 
 def describe_commands(output_dir, config):

@@ -71,7 +71,7 @@ def model_config(model, name, crop_resize, tta, amp, dataset):
         crop_resize: the `CropResize` it is trained with.
         tta: "none" or "hflip", as in its evaluation.
         amp: mixed precision of its evaluation, as `autocast` takes it.
-        dataset: facts about the training data: class counts, where its eval part is.
+        dataset: facts about the training data: kind, class counts, where its eval part is.
     """
     # timm's part: how timm.create_model("local-dir:...") builds the model.
     mean, std = input_statistics(model)
@@ -88,6 +88,14 @@ def model_config(model, name, crop_resize, tta, amp, dataset):
     return {"architecture": source.get("architecture", name), "num_classes": NUM_CLASSES,
             "label_names": CLASS_NAMES, "model_args": model_args(name, size),
             "pretrained_cfg": cfg, OUR_KEY: ours}
+
+
+def sample_note(configs):
+    """Return a sentence if one of the models was trained on the built-in sample, else ""."""
+    if any(config.get("data_kind") == "sample" for config in configs):
+        return ("This model was trained on the built-in sample of drawn people: on real photos its "
+                "predictions mean nothing.")
+    return ""
 
 
 def read_config(folder):

@@ -165,6 +165,11 @@ def all_gather_object(value):
     return values
 
 
+def from_main_process(function, *args):
+    """Call a function in process 0 alone; return its picklable result in all processes."""
+    return all_gather_object(function(*args) if rank() == 0 else None)[0]
+
+
 def all_reduce_mean(tensor):
     """Replace a tensor by its mean over the processes; return it."""
     if dist.is_initialized():
@@ -211,6 +216,10 @@ class StopSignals:
 
     def __init__(self):
         self.received, self.time = 0, 0.0
+        try:
+            self.stderr = os.dup(2)  # core.images redirects 2 while it decodes a photo
+        except OSError:  # closed
+            self.stderr = 2
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # others get no signals
             self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS
@@ -225,7 +234,8 @@ class StopSignals:
         self.received, self.time = number, time.monotonic()
         with contextlib.suppress(OSError):  # the terminal is closed
             # print is not safe in a signal handler
-            os.write(2, b"\nstopping soon with a checkpoint; a second signal stops at once\n")
+            os.write(self.stderr, b"\nstopping soon with a checkpoint; a second signal stops at "
+                                  b"once\n")
 
     def poll(self, step, interval):
         """Return 0, or the signal that any process has received.

@@ -3,14 +3,15 @@ import errno
 import os
 
 # What to do about an error of the system.
-DISK_FULL = "no incomplete checkpoint was kept; free some space and run the command again"
+DISK_FULL = ("no incomplete checkpoint was kept; free some space and run the command again "
+             "(training: with --resume)")
 PERMISSION = "change the permissions, or choose another path"
 TOO_MANY_PROCESSES = "lower --num_workers, or end other programs"
-TOO_MANY = "lower --num_workers, or raise the limit with ulimit -n 4096"
+TOO_MANY_FILES = "lower --num_workers, or raise the limit with ulimit -n 4096"
 REMEDIES = {errno.ENOSPC: DISK_FULL, errno.EDQUOT: DISK_FULL, errno.EFBIG: DISK_FULL,
             errno.EACCES: PERMISSION, errno.EPERM: PERMISSION, errno.EROFS: PERMISSION,
             errno.EAGAIN: TOO_MANY_PROCESSES, errno.ENOMEM: TOO_MANY_PROCESSES,
-            errno.EMFILE: TOO_MANY, errno.ENFILE: TOO_MANY}
+            errno.EMFILE: TOO_MANY_FILES, errno.ENFILE: TOO_MANY_FILES}
 
 
 class InputError(ValueError):
@@ -41,14 +42,14 @@ def explain_error(error):
         return (f"--deterministic: {text.split(' ')[0]} has no deterministic implementation; pass "
                 f"another --model, or drop --deterministic")
     if is_runtime_error and ("Too many open files" in text or "ancdata" in text):
-        return f"too many open files: {TOO_MANY}"
+        return f"too many open files: {TOO_MANY_FILES}"
     if is_runtime_error and ("shared memory" in text or "bus error" in text.lower()):
         return ("too little shared memory for the loader processes: pass --num_workers 0, or "
                 "enlarge /dev/shm")
     ends = "is killed by signal", "exited unexpectedly", "terminated abruptly"
     if connection_lost or any(words in text for words in ends):
         return ("a loader process was killed, often for lack of memory: lower --num_workers, and "
-                "continue with --resume")
+                "run the command again (training: with --resume)")
     return None
 
 

@@ -115,8 +115,8 @@ def choose_framings(face, face_model, is_eval, configs):
                     for config in configs]
         if None not in framings:
             return file, framings, ""
-        reason = ("the checkpoint has no framing of faces, and its training photos give none; "
-                  f"{INSTALL}, and train again")
+        reason = ("the checkpoint has no framing of faces, and its training photos are missing or "
+                  "show too few faces; train again with the detector installed")
     if face:
         raise InputError(f"--face: {reason}")
     return None, nothing, reason

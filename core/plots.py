@@ -56,7 +56,7 @@ def save_reliability(bins, path):
     """Write a PNG of accuracy over confidence, with the number of photos in each bin.
 
     Args:
-        bins: table with confidence, accuracy and photos, as `core.card.reliability` returns.
+        bins: table with confidence, accuracy and photos, as `core.evaluation.calibration` returns.
         path: the PNG to write.
     """
     from matplotlib.figure import Figure
@@ -130,4 +130,4 @@ def save_mistakes_sheet(predictions, paths, path, count=24):
     captions = [f"{names[i]}\ntrue: {CLASS_NAMES[labels[i]]}\npredicted: {CLASS_NAMES[answers[i]]}"
                 for i in worst]
     if captions:
-        save_photo_sheet([read_image(paths[i]) for i in worst], captions, path)
+        save_photo_sheet([read_image(paths[i], (192, 192)) for i in worst], captions, path)

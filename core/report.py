@@ -13,6 +13,7 @@ from core.card import write_card
 from core.checkpoint import find_checkpoint, step_of
 from core.cli import script
 from core.errors import as_one_line
+from core.files import write_atomically
 from core.labels import CLASS_NAMES, NUM_CLASSES, PROBABILITIES
 from core.plots import save_confusion_matrix, save_mistakes_sheet
 from core.tables import read_table
@@ -169,8 +170,8 @@ class Reporter:
         try:
             if result:
                 table, _ = result
-                shutil.copyfile(folder / "valid_predictions.csv",
-                                self.output_dir / "valid_predictions.csv")
+                with write_atomically(self.output_dir / "valid_predictions.csv") as temporary:
+                    shutil.copyfile(folder / "valid_predictions.csv", temporary)
                 save_confusion_matrix(table.label, table["ans"],
                                       self.output_dir / "confusion_matrix.png")
                 save_mistakes_sheet(table, self.valid_photos.path,

@@ -15,6 +15,7 @@ from core import distributed
 from core.checkpoint import (
     is_checkpoint,
     list_checkpoints,
+    read_config,
     read_trainer_state,
     read_training_state,
     read_weights,
@@ -132,7 +133,7 @@ def open_run(args, state, argv):
 
 
 def last_step(state, total_steps, patience):
-    """Return the last step of a run; it is the current step if the run is complete, and logged."""
+    """Return the last step to train; if the run is complete, log that and return its step."""
     if state.step < total_steps and not is_exhausted(state, patience):
         return total_steps
     log.info(f"the run is complete: step {state.step}/{total_steps}; to continue, pass more "
@@ -182,7 +183,8 @@ def resume_run(output_dir, state):
     epochs = before.args.get("epochs")
     for name, value in state.args.items():
         more_epochs = name == "epochs" and epochs is not None and value > epochs
-        if name == "weights":  # the file may be gone: the checkpoint has the weights
+        # The checkpoint has the weights, and the fingerprint covers the other files.
+        if name in ("weights", "soft_targets"):
             continue
         if name in before.args and before.args[name] != value and not more_epochs:
             old, new = (" ".join(format_flag(name, v)) for v in (before.args[name], value))
@@ -210,6 +212,7 @@ def last_intact_checkpoint(output_dir):
     damaged = []
     for folder in reversed(list_checkpoints(output_dir)):
         try:
+            read_config(folder)
             read_weights(folder)
             found = folder, read_trainer_state(folder), read_training_state(folder)
         except InputError as error:

@@ -147,5 +147,5 @@ def not_finite(what, lr=None):
     """Return the InputError for a number that is NaN or infinite."""
     rate = "" if lr is None else f" (learning rate about {lr:.2g})"
     return InputError(f"{what} is not finite{rate}; nothing was saved from it; lower --lr or "
-                      f"--clip_grad, or pass --no-amp, and start again with --overwrite or "
-                      f"another --output_dir")
+                      f"--clip_grad, or pass --no-amp, and train again in another --output_dir; "
+                      f"earlier checkpoints can still predict")

@@ -516,6 +516,14 @@ def test_scoring_names_ids_that_the_submission_lacks(command, tmp_path):
     one_line(result, "a.csv: 1 ImageIDs are not in s.csv, such as b", "expected the same ids")
 
 
+def test_scoring_without_the_answers_or_against_two_submissions_is_refused(command, tmp_path):
+    for name in ("s.csv", "t.csv", "a.csv"):
+        (tmp_path / name).write_text("ImageID,ans\na,0\n")
+    one_line(command("f1", "s.csv"), "s.csv: it has no labels", "f1.py s.csv answers.csv")
+    result = command("f1", "s.csv", "a.csv", "--against", "s.csv", "t.csv")
+    one_line(result, "--against: expected one submission")
+
+
 # --- numbers that are not finite ---
 
 @pytest.mark.parametrize(("flags", "says"), [
@@ -525,7 +533,8 @@ def test_scoring_names_ids_that_the_submission_lacks(command, tmp_path):
 def test_a_run_that_diverges_saves_nothing(command, dataset, tmp_path, flags, says):
     result = command("train", "--data_dir", dataset, *FAST, "--lr", "1e40", "--clip_grad", "0",
                      "--warmup", "0", "--optimizer", "sgd", "--epochs", "1", *flags)
-    one_line(result, says, "is not finite", "learning rate", "lower --lr", "--overwrite")
+    one_line(result, says, "is not finite", "learning rate", "lower --lr",
+             "another --output_dir; earlier checkpoints can still predict")
     assert not has_checkpoint(tmp_path / "results")
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 def spoil(root):
     """Damage a dataset; return (photos that cannot be decoded, copies of another photo).
 
-    A gray photo and a copy within one person are no problem and must not be named.
+    A gray photo and a copy within one person and label are no problem and must not be named.
     """
     people = sorted(path for path in (root / "train" / "images").iterdir())
     truncated, text = people[0] / "mask1.jpg", people[3] / "normal.jpg"
@@ -19,11 +19,13 @@ def spoil(root):
     text.write_text("not a photo")
     copied = people[5] / "mask2.jpg"
     shutil.copy(people[4] / "mask2.jpg", copied)
-    shutil.copy(people[5] / "mask3.jpg", people[5] / "mask4.jpg")  # the same person
+    shutil.copy(people[5] / "mask3.jpg", people[5] / "mask4.jpg")  # the same person and label
+    relabelled = people[8] / "normal.jpg"  # a mask that is worn and not worn
+    shutil.copy(people[8] / "mask1.jpg", relabelled)
     leaked = sorted((root / "eval" / "images").iterdir())[2]
     shutil.copy(people[6] / "normal.jpg", leaked)
     Image.open(people[7] / "mask1.jpg").convert("L").save(people[7] / "mask1.jpg")
-    return [truncated, text], [copied, leaked]
+    return [truncated, text], [copied, leaked, relabelled]
 
 
 def test_all_problems_are_named_in_one_run(command, copy):
@@ -36,7 +38,8 @@ def test_all_problems_are_named_in_one_run(command, copy):
         assert len([line for line in lines if line.startswith(f"{path}: cannot be decoded")]) == 1
     for path in repeated:
         assert len([line for line in lines if line.startswith(f"{path}: the same photo as")]) == 1
-    assert lines[-1] == "188 photos: 2 cannot be decoded, 2 occur again with another person or part"
+    assert lines[-1] == ("188 photos: 2 cannot be decoded or are damaged, 3 occur again with "
+                         "another person, label or part")
     assert "train: 168 photos of 24 people" in lines and "eval: 20 photos" in lines
     assert "modes: RGB (185), ? (2), L (1)" in lines and "sizes: 24 x 32 (186), ? (2)" in lines
 

@@ -60,8 +60,12 @@ def test_train_infer_score_on_the_built_in_sample(tmp_path):
     out = shell(re.search(r"next: (.*)", out)[1], cwd=tmp_path)
     answers = pd.read_csv(tmp_path / "data/sample/eval/answers.csv")
     assert len(pd.read_csv(tmp_path / "submission.csv")) == len(answers)
+    assert "drawn people" not in out
     out = shell(re.search(r"score it: (.*)", out)[1], cwd=tmp_path)
     assert f"over {answers.person.nunique()} people" in out
+    photo = min((tmp_path / "data/sample/eval/images").iterdir())
+    out = python(ROOT / "inference.py", "--model_dir=./results", "--data_dir", photo, cwd=tmp_path)
+    assert "trained on the built-in sample of drawn people" in out
 
 
 def test_a_backbone_added_to_model_py_trains_and_predicts(tmp_path, dataset):

@@ -10,6 +10,8 @@ import pytest
 from conftest import FAST, parse_printed, run_command, start_command
 
 from core.checkpoint import list_checkpoints
+from core.distributed import StopSignals
+from core.images import _with_stderr
 
 # The default recipe on a small network: ceil(2 * 133 / 16) = 17 steps of two batches in two
 # passes. Neither the evaluations nor the end are at the end of a pass.
@@ -144,6 +146,20 @@ def test_a_stop_signal_writes_a_checkpoint_and_gives_the_command_to_resume(datas
     assert f"resuming from results/{stopped}" in resume(dataset, tmp_path, whole, *flags)
 
 
+def test_a_stop_signal_while_a_photo_is_decoded_is_no_damage(capfd):
+    """Without loader processes the main process decodes, and reads what libjpeg prints."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        signals = StopSignals()
+        _, damage = _with_stderr(signal.raise_signal, signal.SIGTERM)
+    finally:
+        for number, handler in signals.previous.items():
+            signal.signal(number, handler)
+    assert damage == "" and signals.received == signal.SIGTERM
+    assert "stopping soon with a checkpoint" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def flip_byte(path):
     """Change one bit in the middle of a file."""
     data = bytearray(path.read_bytes())
@@ -157,7 +173,8 @@ def cut(path):
 
 @pytest.mark.parametrize(("name", "damage"), [
     ("training_state.pt", flip_byte), ("training_state.pt", cut),
-    ("training_state.pt", Path.unlink), ("model.safetensors", cut), ("trainer_state.json", cut)])
+    ("training_state.pt", Path.unlink), ("model.safetensors", cut), ("trainer_state.json", cut),
+    ("config.json", cut)])
 def test_a_damaged_checkpoint_is_named_deleted_and_passed_over(dataset, tmp_path, whole, name,
                                                                damage):
     shutil.copytree(whole, tmp_path / "results")

@@ -92,11 +92,15 @@ def test_photos_with_soft_targets_join_training(command, dataset, tmp_path, trai
     assert "photos of the eval part that join training: 20\n" in out
     assert "training: people 19, photos 133" in out and "steps: 10 of 16 photos" in out
     assert "--soft_targets=probs.csv\n" in (tmp_path / "results/args.txt").read_text()
-    # A resumed run must have the same.
-    table = pd.read_csv(tmp_path / "probs.csv")
+    assert "and of the files of --soft_targets: `" in (tmp_path / "results/README.md").read_text()
+    # A resumed run must have the same, at any path.
+    (tmp_path / "probs.csv").rename(tmp_path / "moved.csv")
+    again = command("train", "@results/args.txt", "--resume", "--soft_targets", "moved.csv")
+    assert again.returncode == 0, again.stderr
+    table = pd.read_csv(tmp_path / "moved.csv")
     table[["p0", "p1"]] = table[["p1", "p0"]].to_numpy()
-    table.to_csv(tmp_path / "probs.csv", index=False)
-    again = command("train", "@results/args.txt", "--resume")
+    table.to_csv(tmp_path / "moved.csv", index=False)
+    again = command("train", "@results/args.txt", "--resume", "--soft_targets", "moved.csv")
     assert again.returncode == 2 and "a file of --soft_targets" in again.stderr
 
 

@@ -21,8 +21,8 @@ def main(argv=None):
     bad, repeated = photos[photos.error != ""], find_repeated(photos)
     for line in [*bad.error, *repeated]:
         print(line)
-    print(f"{len(photos)} photos: {len(bad)} cannot be decoded, {len(repeated)} occur again with "
-          f"another person or part")
+    print(f"{len(photos)} photos: {len(bad)} cannot be decoded or are damaged, {len(repeated)} "
+          f"occur again with another person, label or part")
     if len(bad) or repeated:
         sys.exit(1)
 
@@ -45,12 +45,14 @@ def read_parts(data_dir):
 
 
 def find_repeated(photos):
-    """Return a line for each photo whose pixels occur before with another person or part."""
+    """Return a line for each photo whose pixels occur before with another person, label or part.
+    """
     first, lines = {}, []
     for photo in photos[photos.digest != ""].itertuples():
         before = first.setdefault(photo.digest, photo)
-        other_person = photo.part == "train" and before.person != photo.person
-        if before.part != photo.part or other_person:
+        contradicts = photo.part == "train" and (
+            (before.person, before.label) != (photo.person, photo.label))
+        if before.part != photo.part or contradicts:
             lines.append(f"{photo.path}: the same photo as {before.path}")
     return lines
 

@@ -83,7 +83,7 @@ def find_photos(runs, data_dir, ids):
                         f"dataset of {runs[0]} is not there; pass --data_dir")
             return None
     photos = read_train(data_dir, fix_labels=False)
-    photos = photos.set_index(image_ids(photos))[["path", "years", "mask", "gender"]]
+    photos = photos.set_index(image_ids(photos))[["path", "years"]]
     missing = ids.difference(photos.index)
     if len(missing):
         raise InputError(f"--data_dir {data_dir}: {missing[0]} is not in it ({len(missing)} of "
@@ -177,7 +177,7 @@ def save_sheet(errors, paths, path):
     images, captions = [], []
     for row in errors.itertuples():
         for file in row.photos:
-            images.append(read_image(paths[f"{row.person}/{file}"]))
+            images.append(read_image(paths[f"{row.person}/{file}"], (192, 192)))
             captions.append(f"{row.rank}. {row.person}\n{file}\nlabel: {row.label}\n"
                             f"predicted: {row.prediction}\nscore: {row.score:.3f}")
     save_photo_sheet(images, captions, path)

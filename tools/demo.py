@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 import pandas as pd
 
-from core.checkpoint import find_checkpoint
+from core.checkpoint import find_checkpoint, sample_note
 from core.cli import ArgumentParser, in_range, restores_process, run_cli
 from core.device import choose_device
 from core.drawing import AGE_WORDS, MASK_WORDS, draw_predictions
@@ -32,7 +32,8 @@ def main(argv=None):
     explainer = Explainer(args.model_dir)
     # Nothing is sent to other machines, and the photos are deleted when the page is closed.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
-    with tempfile.TemporaryDirectory() as os.environ["GRADIO_TEMP_DIR"]:
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
         try:
             page = create_page(explainer)
             page.launch(server_name=args.host, server_port=args.port, share=False, ssr_mode=False,
@@ -43,12 +44,15 @@ def main(argv=None):
 
 
 class Explainer:
-    """What the page shows of a photo, by its path; `note` says why without faces, or is ""."""
+    """What the page shows of a photo, by its path; `note` says what limits it, or is ""."""
 
     def __init__(self, model_dir):
         model, self.config = load_model(find_checkpoint(model_dir))
-        self.detector, (self.framing,), self.note = choose_framings(
+        self.detector, (self.framing,), no_faces = choose_framings(
             None, None, False, [self.config])
+        self.note = sample_note([self.config])
+        if no_faces:
+            self.note += f" Faces are not looked for: {no_faces}."
         self.crop_resize = CropResize(self.config["size"], self.config["crop"])
         self.device = choose_device("auto")
         self.model = model.to(self.device)
@@ -92,9 +96,9 @@ def create_page(explainer):
             gradio.Info("no heat map: this model has no layer with a height and width")
         return answers
 
-    note = f" Faces are not looked for: {explainer.note}." if explainer.note else ""
     with gradio.Blocks(title="Mask, gender and age", analytics_enabled=False) as page:
-        gradio.Markdown(f"# Mask, gender and age\nBars and heat map: the largest face.{note}")
+        gradio.Markdown(f"# Mask, gender and age\nBars and heat map: the largest face. "
+                        f"{explainer.note}")
         with gradio.Row():
             photo = gradio.Image(type="filepath", image_mode=None, label="photo",
                                  sources=["upload", "webcam", "clipboard"])
