@@ -202,14 +202,16 @@ class RandomAffine:
 
     Args:
         flip: probability of the mirror image.
-        p: probability of zoom, shift and rotation, which are drawn together.
+        p: probability of zoom, scale, shift and rotation, which are drawn together.
         zoom: range of the magnification, drawn for height and width separately.
+        scale: range of a further magnification, the same for both; None for no such draw.
         shift: largest shift in each direction, as a fraction of the size.
         rotate: largest rotation in each direction, in degrees.
     """
 
-    def __init__(self, flip=0.0, p=0.0, zoom=(1.0, 1.0), shift=0.0, rotate=0.0):
-        self.flip, self.p, self.zoom, self.shift, self.rotate = flip, p, zoom, shift, rotate
+    def __init__(self, flip=0.0, p=0.0, zoom=(1.0, 1.0), scale=None, shift=0.0, rotate=0.0):
+        self.flip, self.p, self.zoom, self.scale = flip, p, zoom, scale
+        self.shift, self.rotate = shift, rotate
 
     def draw(self, rng, size):
         """Return (flip the result afterwards?, affine matrix for `CropResize` or None)."""
@@ -217,6 +219,8 @@ class RandomAffine:
         if not is_moved:
             return is_mirrored, None
         centre, zoom = np.array(size[::-1]) / 2 - 0.5, rng.uniform(*self.zoom, 2)
+        if self.scale:
+            zoom *= rng.uniform(*self.scale)
         angle = np.deg2rad(rng.uniform(-self.rotate, self.rotate))
         shift = rng.uniform(-self.shift, self.shift, 2) * size[::-1]
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -238,9 +242,10 @@ AUGMENTATIONS = {
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
     ],
-    # For photos that are worse than those of training: gray, small, blurred, noisy, compressed.
+    # For photos that are framed otherwise, or are worse, than those of training: gray, small,
+    # blurred, noisy, compressed.
     "robust": lambda: [
-        RandomAffine(flip=0.5, p=0.8, zoom=(0.9, 1.1), shift=0.05, rotate=10),
+        RandomAffine(flip=0.5, p=0.8, zoom=(0.93, 1.07), scale=(0.8, 1.25), shift=0.1, rotate=15),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.RGBShift(15, 15, 15, p=0.3),
         A.ToGray(p=0.1),

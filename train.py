@@ -317,8 +317,8 @@ def parse_args(argv=None):
     add("--crop", nargs=2, type=in_range(float, 0.05, 1, including_high=True),
         default=[0.8, 0.95], metavar=("H", "W"), help="centre crop, as fractions of the photo")
     add("--augmentation", choices=AUGMENTATIONS, default="base",
-        help="flip: mirror; base: flip, small moves, brightness, erasing; robust: base, and gray, "
-             "blur, noise, JPEG")
+        help="flip: mirror; base: flip, small moves, brightness, erasing; robust: larger "
+             "moves, and gray, blur, noise, JPEG")
     add("--sampler", choices=SAMPLERS, default="sqrt",
         help="weight of a photo whose gender and age group has n photos: 1, 1/sqrt(n) or 1/n")
 
