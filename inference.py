@@ -197,7 +197,8 @@ def choose_photos(data_dir, configs, checkpoints):
     if len(data_dir) == 1 and not is_train_part(data_dir[0]) and (
             folder := find_part(data_dir[0], "eval")):
         return read_eval(folder), folder, True
-    return list_images(data_dir), " and ".join(data_dir), False
+    others = f" and {len(data_dir) - 1} more" if len(data_dir) > 1 else ""
+    return list_images(data_dir), f"{data_dir[0]}{others}", False
 
 
 def readable_columns(probabilities, predictions):

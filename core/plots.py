@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 from core.images import read_image
 from core.labels import CLASS_NAMES, PROBABILITIES
 
+SHEET_HEIGHT = 192  # of a photo in a sheet, in pixels
+
 
 def save_confusion_matrix(labels, predictions, path):
     """Write a PNG of the 18 x 18 confusion matrix; each row is divided by its sum."""
@@ -73,7 +75,7 @@ def save_reliability(bins, path):
     figure.savefig(path)
 
 
-def save_photo_sheet(images, captions, path, columns=6, height=192):
+def save_photo_sheet(images, captions, path, columns=6, height=SHEET_HEIGHT):
     """Write a PNG of photos in a grid, each below its caption.
 
     Args:
@@ -130,4 +132,4 @@ def save_mistakes_sheet(predictions, paths, path, count=24):
     captions = [f"{names[i]}\ntrue: {CLASS_NAMES[labels[i]]}\npredicted: {CLASS_NAMES[answers[i]]}"
                 for i in worst]
     if captions:
-        save_photo_sheet([read_image(paths[i], (192, 192)) for i in worst], captions, path)
+        save_photo_sheet([read_image(paths[i], (SHEET_HEIGHT,) * 2) for i in worst], captions, path)

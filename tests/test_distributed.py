@@ -98,6 +98,19 @@ def test_two_processes_predict_as_one(dataset, one, tmp_path, command):
     assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
 
 
+@pytest.mark.cpu_only("several processes need a GPU each")
+def test_two_processes_leave_out_a_photo_that_one_of_them_has_checked(dataset, one, tmp_path,
+                                                                      command):
+    photos = tmp_path / "photos"
+    shutil.copytree(min((dataset / "train/images").iterdir()), photos)
+    (photos / "mask3.jpg").write_text("not a photo")
+    flags = ["--model_dir", one, "--data_dir", photos, "--on_bad_image", "skip", "--output"]
+    assert command("inference", *flags, "alone.csv").returncode == 0
+    assert torchrun(2, "inference", *flags, "shared.csv", cwd=tmp_path).wait(120) == 0
+    assert (tmp_path / "shared.csv").read_bytes() == (tmp_path / "alone.csv").read_bytes()
+    assert (tmp_path / "inference.log").read_text().count(f"skipped: {photos}") == 1
+
+
 def test_shares_of_a_batch_are_disjoint_equal_and_complete(dataset, monkeypatch):
     sampler = BatchSampler(read_train(dataset), 18, "sqrt")
     whole = list(sampler.batches(5, 20))

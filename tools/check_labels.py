@@ -26,7 +26,7 @@ from core.files import check_output, write_atomically
 from core.images import read_image
 from core.labels import AGES, GENDERS, MASKS, PROBABILITIES, decode
 from core.layout import read_train
-from core.plots import save_photo_sheet
+from core.plots import SHEET_HEIGHT, save_photo_sheet
 from f1 import image_ids, read_pooled
 from loss import soft_targets
 
@@ -177,7 +177,7 @@ def save_sheet(errors, paths, path):
     images, captions = [], []
     for row in errors.itertuples():
         for file in row.photos:
-            images.append(read_image(paths[f"{row.person}/{file}"], (192, 192)))
+            images.append(read_image(paths[f"{row.person}/{file}"], (SHEET_HEIGHT,) * 2))
             captions.append(f"{row.rank}. {row.person}\n{file}\nlabel: {row.label}\n"
                             f"predicted: {row.prediction}\nscore: {row.score:.3f}")
     save_photo_sheet(images, captions, path)
