@@ -4,6 +4,7 @@ import os
 import platform
 
 import torch
+from joblib import cpu_count
 
 from core import distributed
 from core.errors import InputError
@@ -69,11 +70,10 @@ def half_precision(device):
 def choose_workers(num_workers, device):
     """Return the number of loader processes; -1 chooses it.
 
-    On a GPU it is the number of CPU cores per process minus one, at most 8. On the CPU it is 0:
+    On a GPU it is the number of CPU cores per process minus one, at most 8. Only cores that this
+    process may use count: affinity and a container's limit are respected. On the CPU it is 0:
     the model's threads use all cores, and loader processes would slow them down.
     """
     if num_workers >= 0 or device.type == "cpu":
         return max(num_workers, 0)
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
-    return min(8, max(cores // distributed.local_world_size() - 1, 0))
+    return min(8, max(cpu_count() // distributed.local_world_size() - 1, 0))

@@ -21,6 +21,7 @@ from importlib.util import find_spec
 import cv2
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
@@ -353,7 +354,7 @@ def _tiff_entries(data):
 # --- checking a whole dataset ---
 
 def check_images(paths):
-    """Decode photos as training does, on all cores.
+    """Decode photos as training does, on all cores that this process may use.
 
     Args:
         paths: Series of strings.
@@ -364,7 +365,7 @@ def check_images(paths):
         (SHA-256 of the upright RGB pixels; "" for a photo with an error).
     """
     # Processes: `_decode_jpeg` is not for threads.
-    workers = min(os.cpu_count(), len(paths) // 32)
+    workers = min(cpu_count(), len(paths) // 32)
     with ProcessPoolExecutor(max(workers, 1), initializer=_end_with_parent) as pool:
         results = pool.map(_check_image, paths, chunksize=8) if workers > 1 else map(
             _check_image, paths)

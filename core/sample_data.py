@@ -4,13 +4,13 @@ Each person keeps face, age and hair in all seven photos; mask, mouth, clothes, 
 light change. The true classes of the eval photos are in <root>/eval/answers.csv.
 """
 import json
-import os
 import secrets
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from joblib import cpu_count
 
 from core.errors import InputError
 from core.files import delete
@@ -69,7 +69,7 @@ def _draw_people(root, part, first, count, seed):
     ranks = (np.random.default_rng([seed, first]).permutation(count) + 0.5) / max(count, 1)
     groups = np.searchsorted(np.cumsum(GROUP_SHARES), ranks).clip(0, 5)
     jobs = [(root, part, first + i, int(group), seed) for i, group in enumerate(groups)]
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor(cpu_count()) as pool:
         rows = [row for rows in pool.map(_draw_person, jobs, chunksize=4) for row in rows]
     if part == "train":
         people = pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"])

@@ -3,7 +3,6 @@ import io
 import itertools
 import logging
 import math
-import os
 import struct
 import warnings
 import zlib
@@ -235,7 +234,7 @@ def test_one_process_and_several_check_alike(tmp_path, monkeypatch, no_foreign_l
     paths.index = range(7, 7 + len(paths))
     tables = []
     for count in (1, 2):
-        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        monkeypatch.setattr("core.images.cpu_count", lambda count=count: count)
         tables.append(check_images(paths))
     assert len(paths) >= 2 * 32  # enough for a second process
     pd.testing.assert_frame_equal(*tables)

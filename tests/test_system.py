@@ -35,6 +35,7 @@ import train
 from core import distributed
 from core.checkpoint import TrainerState, find_checkpoint, save_checkpoint
 from core.cli import script
+from core.device import choose_workers
 from core.errors import InputError, explain_error
 from core.files import check_output, write_atomically
 from core.images import read_image
@@ -447,6 +448,13 @@ def test_variables_that_are_not_those_of_torchrun_are_named(monkeypatch, variabl
     with pytest.raises(InputError, match=says) as caught:
         distributed.init_distributed(torch.device("cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_loader_processes_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # joblib's own limit, as that of a container
+    assert choose_workers(-1, torch.device("cuda")) == 0
+    assert choose_workers(3, torch.device("cuda")) == 3
+    assert choose_workers(-1, torch.device("cpu")) == 0
 
 
 def test_a_port_in_use_is_named(monkeypatch):
