@@ -1,33 +1,37 @@
 r"""All measurements on a GPU in one command that stops by itself: correctness, and where time goes.
 
-    python -m benchmarks.gpu --minutes 14
-    python -m benchmarks.gpu --minutes 9 --only stop tests    # some parts
+    python -m benchmarks.gpu --minutes 6 --only start tests stop             # is it right?
+    python -m benchmarks.gpu --minutes 7 --only step train sample predict    # is it fast?
     python -m benchmarks.gpu --device cpu --quick             # does the script itself work?
 
 The parts, in this order:
 
     start     seconds from the command to the second training step, and where they go
-    step      a training step in memory: ours, bare, as a CUDA graph, compiled; host time; profile
+    tests     python -m pytest --device cuda
+    stop      runs that SIGTERM ends: seconds until the end, exit status, same bytes when resumed
+    step      a training step in memory: ours, bare, as a CUDA graph; host time; profile
     train     train.py against timm's loader and loop; loader processes, GPU utilization, memory
     sample    train.py on the sample dataset, from the command to the result
     predict   the loop of inference.py against timm's; memory formats, GPU utilization
-    stop      runs that SIGTERM ends: seconds until the end, exit status, same bytes when resumed
-    tests     python -m pytest --device cuda
+    compile   the bare step, compiled
 
 A part has cases. Each case is a process group that gets SIGTERM when its time is over, and SIGKILL
 5 s later. A part may use its share of the time that is left; what it does not use is left to the
-later ones. Each result is printed and added to gpu.csv at once, and the output of the processes
-and the profile to gpu.log, so that nothing is lost if the command is ended early.
+later ones. Each result is printed and added to gpu.csv at once, the output of the tests to
+tests.log, and that of the other processes and the profile to gpu.log, so that nothing is lost if
+the command is ended early.
 
 For a machine without a network, download the packages that it lacks on another one that has them,
 here for Python 3.12, and copy the folder:
 
-    pip freeze | grep -iE "^(albu|stringzilla|simsimd|pydantic|annotated.types|typing)" > lacks.txt
-    pip download --no-deps --only-binary=:all: --python-version 3.12 -r lacks.txt -d wheels \
+    pip freeze | grep -iE "^(albu|stringzilla|simsimd|pydantic|annotated.types|typing|timm)" > lacks
+    pip download --no-deps --only-binary=:all: --python-version 3.12 -r lacks -d wheels \
         --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64
 
-    pip install --no-index --no-deps --target site wheels/*
-    PYTHONPATH=site python -m benchmarks.gpu --minutes 14
+There, without PYTHONPATH, which some tests remove:
+
+    python -m venv --system-site-packages env && . env/bin/activate
+    pip install --no-index --no-deps wheels/*
 """
 import argparse
 import contextlib
@@ -55,20 +59,22 @@ TRAIN = [sys.executable, "-W", "ignore", str(ROOT / "train.py")]
 GRACE = 5  # seconds between SIGTERM and SIGKILL
 
 # Part -> its share of the time that is left, relative to the shares of the later parts.
-SHARES = {"start": 12, "step": 26, "train": 16, "sample": 8, "predict": 6, "stop": 16, "tests": 16}
+SHARES = {"start": 8, "tests": 16, "stop": 14, "step": 30, "train": 20, "sample": 24, "predict": 14,
+          "compile": 20}
 FULL = SimpleNamespace(
     model="efficientnet_b4", size=(384, 288), photo=(512, 384), people=(375, 100),
-    batches=(16, 64, 128), steps=30, seconds=10, interval=10, predicted=2048, repeat=5, workers=8,
-    runs=20, jobs=4, epochs=1, tests=["-n", "8", "--dist", "load"], cases={
+    batches=(16, 64, 128), steps=20, seconds=7, interval=10, predicted=2048, repeat=8, workers=8,
+    runs=20, jobs=10, stop_size=(128, 96), epochs=1, tests=["-n", "14", "--dist", "load"], cases={
         "start": ["first process", "second process"],
-        "step": ["ours", "bare", "graph", "compile"],
+        "step": ["ours", "bare", "graph"],
         "train": ["ours 16 8", "timm 16 8", "ours 64 8", "timm 64 8", "ours 64 15", "ours 64 4"],
-        "sample": ["train.py", "cudnn.benchmark switched"]})
+        "sample": ["train.py", "cudnn.benchmark switched"], "predict": ["8 workers", "15 workers"]})
 QUICK = SimpleNamespace(
     model="test_efficientnet", size=(32, 24), photo=(48, 36), people=(12, 3), batches=(4,),
     steps=2, seconds=1, interval=1, predicted=30, repeat=1, workers=1, runs=2, jobs=2,
-    epochs=20, tests=["-n", "1", "tests/test_loss.py"], cases={
-        "step": ["ours", "bare"], "train": ["ours 4 1", "timm 4 1"], "sample": ["train.py"]})
+    stop_size=(32, 24), epochs=20, tests=["-n", "1", "tests/test_loss.py"], cases={
+        "step": ["ours", "bare"], "train": ["ours 4 1", "timm 4 1"], "sample": ["train.py"],
+        "predict": ["1 worker"]})
 
 
 def main(argv=None):
@@ -253,7 +259,7 @@ def stop(args, case):
 
     def begin(name, batch):
         epochs = s.epochs * batch // batches[0]  # the same number of steps for each batch size
-        flags = ["--model", s.model, "--weights", "none", "--resize", *s.size, "--batch_size",
+        flags = ["--model", s.model, "--weights", "none", "--resize", *s.stop_size, "--batch_size",
                  batch, "--epochs", epochs, "--eval_steps", 10**6, "--log_interval", s.interval,
                  "--device", args.device, "--deterministic"]
         return kill.start(work, name, s.workers, list(map(str, flags)))
@@ -270,14 +276,17 @@ def stop(args, case):
     def disturbed(number):
         batch, name = batches[number % len(batches)], f"run-{number}"
         startup, seconds, expected = whole[batch]
-        if time.perf_counter() + 2.5 * seconds > args.started + args.seconds:
-            return  # it would not end in time
+        if time.perf_counter() + 2 * startup + seconds > args.started + args.seconds:
+            record(args, f"batch {batch}, run {number}", status="no time left")
+            return
         process, log = begin(name, batch)
         kill.wait_for_first_step(log, process, time.perf_counter())
         time.sleep(moments[number] * 0.7 * (seconds - startup))  # before the last evaluation
         end = terminate(process)
         process, log = begin(name, batch)
         same = process.wait() == 0 and kill.final_files(work / name) == expected
+        if not same:
+            print(log.read_text(), file=sys.stderr)
         record(args, f"batch {batch}, run {number}", **end, same_bytes=same)
         shutil.rmtree(work / name)
 
@@ -287,19 +296,22 @@ def stop(args, case):
 
 
 def tests(args, case):
+    """Run the suite; near the end of the time, stop it and report what has failed until then."""
     argv = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "--device", args.device,
             *args.settings.tests]
-    log, status = Path(args.work, "tests.log"), "out of time"
-    with open(log, "w") as file:
+    path, status = args.out / "tests.log", "out of time"
+    reserve = min(25, args.seconds / 3)  # pytest-xdist may wait 20 s for its workers
+    with open(path, "w") as file:
         process = subprocess.Popen(argv, cwd=ROOT, stdout=file, stderr=file)
     try:
-        status = process.wait(args.seconds * 0.9)
+        status = process.wait(args.started + args.seconds - reserve - time.perf_counter())
     except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)  # it reports what has failed until now
-        process.wait()
-    text = log.read_text()
-    print(text, file=sys.stderr)
-    results = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.*?) *$", text, re.M)
+        process.send_signal(signal.SIGINT)  # it reports the failures in detail
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.8 * reserve)
+    finally:
+        process.kill()
+    results = re.findall(r"^\[gw\d+\] \[ *\d+%\] ([A-Z]+) (.*?) *$", path.read_text(), re.M)
     for result, name in results:
         if result in ("FAILED", "ERROR"):
             record(args, name, result=result)
@@ -311,7 +323,7 @@ COMMANDS = {"prepare": prepare, "train": train, "stop": stop, "tests": tests}
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=14, help="never runs longer than this")
+    parser.add_argument("--minutes", type=float, default=9, help="never runs longer than this")
     parser.add_argument("--only", nargs="+", choices=SHARES, default=list(SHARES),
                         help="parts to run (default: all)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")

@@ -21,7 +21,7 @@ from torch.profiler import profile
 import train as train_script
 from benchmarks.gpu import TRAIN, GpuUsage, record, train_flags
 from core.checkpoint import IMAGENET_MEAN, IMAGENET_STD
-from core.device import choose_workers, configure_backend
+from core.device import configure_backend
 from core.layout import read_train
 from core.prediction import Normalize, torch_predictor
 from core.prediction import predict as predict_photos
@@ -45,11 +45,12 @@ def attempt(args, name, function, *arguments, **options):
 
 def start(args, case):
     """Run train.py on the sample up to its second step, and read the clock in between."""
-    times, clock = {}, [args.started]
+    clock = [args.started]
 
     def mark(name):
         now = time.perf_counter()
-        times[name], clock[0] = now - clock[0], now
+        record(args, "sample", **{name: now - clock[0]})
+        clock[0] = now
 
     def create_trainer(*arguments):
         mark("data_s")
@@ -65,7 +66,7 @@ def start(args, case):
         synchronize(args)
         mark(f"step_{step}_s")
         if step == 2:
-            record(args, "sample", **times, in_all_s=clock[0] - args.started)
+            record(args, "sample", in_all_s=clock[0] - args.started)
             os._exit(0)  # the loader processes are ended with the process group
 
     mark("imports_s")
@@ -79,35 +80,42 @@ def start(args, case):
 
 def step(args, case):
     configure_backend(torch.device(args.device))
-    batches = args.settings.batches
+    small, large = args.settings.batches[0], args.settings.batches[2:]
     attempt(args, "warm-up", measure, args, 2, bare_step, size=TINY)  # loads the libraries
     if case == "ours":
-        for batch in batches:
-            attempt(args, f"batch {batch}", measure, args, batch, our_step)
-        attempt(args, f"batch {batches[0]}", profile_step, args, batches[0])
+        measure_all(args, our_step)
         attempt(args, "little GPU work", host_time, args, our_step)
-        torch.backends.cudnn.benchmark = False
-        for batch in batches[:2]:
-            attempt(args, f"batch {batch}, no cudnn.benchmark", measure, args, batch, our_step)
+        attempt(args, f"batch {small}", profile_step, args, small)
+        measure_all(args, our_step, tuned=True)
+        measure_all(args, our_step, batches=large)
     elif case == "bare":
+        measure_all(args, bare_step)
         attempt(args, "little GPU work", host_time, args, bare_step)
-        for name, sizes, options in [
-            ("channels_last", batches, {}),
-            ("contiguous", batches, {"layout": torch.contiguous_format}),
-            ("no cudnn.benchmark", batches[:2], {}),
-            ("float16", batches[:2], {"precision": torch.float16}),
-            ("float32 with TF32", batches[:2], {"precision": None}),
-        ]:
-            torch.backends.cudnn.benchmark = name != "no cudnn.benchmark"
-            for batch in sizes:
-                attempt(args, f"batch {batch}, {name}", measure, args, batch, bare_step, **options)
-    elif case == "graph":
-        for batch in batches:
-            attempt(args, f"batch {batch}", measure, args, batch, bare_step, as_graph=True)
+        measure_all(args, bare_step, tuned=True)
+        measure_all(args, bare_step, "contiguous", layout=torch.contiguous_format)
+        measure_all(args, bare_step, "float16", precision=torch.float16)
+        measure_all(args, bare_step, "float32 with TF32", precision=None)
+        measure_all(args, bare_step, batches=large)
     else:
-        for batch, mode in itertools.product(batches[:2], ("default", "reduce-overhead")):
-            attempt(args, f"batch {batch}, {mode}", measure, args, batch, bare_step,
-                    compile_mode=mode)
+        measure_all(args, bare_step, as_graph=True)
+        measure_all(args, bare_step, tuned=True, as_graph=True)
+        measure_all(args, bare_step, batches=large, as_graph=True)
+
+
+def measure_all(args, create, name="", tuned=False, batches=None, **options):
+    """Measure a step with batches of several sizes, with or without cudnn.benchmark."""
+    torch.backends.cudnn.benchmark = tuned
+    for batch in args.settings.batches[:2] if batches is None else batches:
+        names = [f"batch {batch}", name, "cudnn.benchmark" if tuned else ""]
+        attempt(args, ", ".join(filter(None, names)), measure, args, batch, create, **options)
+    torch.backends.cudnn.benchmark = False
+
+
+def compile(args, case):
+    """The bare step, compiled."""
+    configure_backend(torch.device(args.device))
+    for mode in ("reduce-overhead", "default"):
+        measure_all(args, bare_step, mode, compile_mode=mode)
 
 
 def our_step(args, batch, size=None):
@@ -154,12 +162,16 @@ def bare_step(args, batch, size=None, layout=torch.channels_last, precision=torc
 
 
 def measure(args, batch, create, **options):
-    """Return images/s of a step, the seconds of the first one, and the peak GPU memory in GiB."""
+    """Return images/s of a step, the seconds of the first one, and the peak GPU memory in GiB.
+
+    The memory that torch has reserved is what a card must have; its own libraries need more.
+    """
     is_cuda = args.device == "cuda"
+    if options.get("compile_mode"):
+        torch.compiler.reset()  # and free the memory of the mode before
     gc.collect()
     if is_cuda:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
     one_step = run = create(args, batch, **options)
     synchronize(args)
     started = time.perf_counter()
@@ -168,8 +180,12 @@ def measure(args, batch, create, **options):
     run()
     synchronize(args)
     first = time.perf_counter() - started
+    if is_cuda:
+        torch.cuda.empty_cache()  # that of the first step, which may have tuned
+        torch.cuda.reset_peak_memory_stats()
     images_per_s = batch / seconds_per_step(args, run)
-    memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30} if is_cuda else {}
+    memory = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+              "reserved_gib": torch.cuda.max_memory_reserved() / 2**30} if is_cuda else {}
     return {"images_per_s": images_per_s, "first_step_s": first, **memory}
 
 
@@ -284,12 +300,15 @@ def sample(args, case):
 
 
 def predict(args, case):
-    """The loop of inference.py, and timm's; each in both memory formats or precisions."""
+    """The loop of inference.py, and timm's; each in both memory formats or precisions.
+
+    A loop's time includes the start of its loader processes.
+    """
     s, device = args.settings, torch.device(args.device)
     configure_backend(device)
     photos = read_train(f"{args.work}/data").iloc[:s.predicted]
     photos = pd.concat([photos] * s.repeat, ignore_index=True)
-    workers = choose_workers(-1, device) if device.type == "cuda" else 1
+    workers = int(case.split()[0])
     images = torch.randint(256, (PREDICT_BATCH, *s.size, 3), dtype=torch.uint8, device=device)
     model = timm.create_model(s.model, num_classes=18).to(device).eval()
     normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(device)

@@ -13,6 +13,7 @@ and Normalize of torchvision. The timm functions use its own loader, and the inn
 training and inference scripts with their default flags.
 """
 import argparse
+import contextlib
 import json
 import re
 import subprocess
@@ -277,11 +278,12 @@ def train_in_memory(args, model):
 
     def create_optimizer(network):
         return torch.optim.AdamW(network.parameters(), lr=1e-3, fused=True)
-    with autocast(device):
-        return rate(train_loop(args, model, batches, True, create_optimizer), WARM_UP)
+    return rate(train_loop(args, model, batches, True, create_optimizer,
+                           lambda: autocast(device)), WARM_UP)
 
 
-def train_loop(args, name, loader, channels_last, create_optimizer):
+def train_loop(args, name, loader, channels_last, create_optimizer,
+               precision=contextlib.nullcontext):
     """Forward, backward, step; yield the size of each batch."""
     import timm
     import torch
@@ -294,7 +296,8 @@ def train_loop(args, name, loader, channels_last, create_optimizer):
     for images, targets in loader:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        loss = criterion(model(images), targets)
+        with precision():  # anew in each step: its copies of the weights end with it
+            loss = criterion(model(images), targets)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -141,6 +141,7 @@ def restores_process(main):
     def wrapper(argv=None):
         handlers, level, propagate = log.handlers, log.level, log.propagate
         cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")  # the only variable that is set
+        was_deterministic = _is_deterministic()
         on_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False
         log.setLevel(logging.INFO)
@@ -149,13 +150,20 @@ def restores_process(main):
         finally:
             log.handlers, log.propagate = handlers, propagate
             log.setLevel(level)
-            if cublas is None and os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None):
-                sys.modules["torch"].use_deterministic_algorithms(False)
+            if cublas is None:
+                os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+            if _is_deterministic() != was_deterministic:
+                sys.modules["torch"].use_deterministic_algorithms(was_deterministic)
             if threading.current_thread() is threading.main_thread():
                 for number, handler in on_signal.items():
                     if handler is not None:  # None: set by another program that runs Python
                         signal.signal(number, handler)
     return wrapper
+
+
+def _is_deterministic():
+    torch = sys.modules.get("torch")  # f1.py does not import it
+    return bool(torch) and torch.are_deterministic_algorithms_enabled()
 
 
 class _Output(io.FileIO):

@@ -2,6 +2,7 @@
 import ctypes
 import os
 import platform
+import warnings
 
 import torch
 from joblib import cpu_count
@@ -40,13 +41,17 @@ def configure_backend(device, deterministic=False):
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-    if deterministic:
+    if device.type == "cuda":
+        # --deterministic needs it, and cuBLAS reads it once, in the first run of a process.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic:
         torch.use_deterministic_algorithms(True)
     elif device.type == "cuda":
         # cudnn.benchmark stays off: it tries algorithms for every layer and shape, which took
         # longer than the first steps, and whether a long run regains that is not measured.
-        torch.set_float32_matmul_precision("high")  # TF32
+        with warnings.catch_warnings():  # torch 2.9 advises other calls, which 2.8 does not have
+            warnings.simplefilter("ignore")
+            torch.set_float32_matmul_precision("high")  # TF32
 
 
 def to_device(tensor, device):

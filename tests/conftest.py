@@ -51,6 +51,8 @@ def pytest_configure(config):
     else:
         FAST[FAST.index("--device") + 1] = DEVICE
         FAST.append("--deterministic")
+        # For commands in the process of the tests, after others that have used cuBLAS.
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         # Exact float32 for --no-amp. Runs without it use bfloat16.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"
 

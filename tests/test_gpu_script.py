@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -44,6 +45,29 @@ def test_steps_are_measured(command, tmp_path, case):
     name = "batch 4" if case == "ours" else "batch 4, contiguous"
     assert float(results["step", case, name]["images_per_s"]) > 0
     assert float(results["step", case, "little GPU work"]["host_us_per_step"]) > 0
+
+
+def test_the_failures_of_a_suite_that_does_not_end_are_reported(tmp_path):
+    (tmp_path / "test_slow.py").write_text("""
+import time
+def test_fails():
+    assert False
+def test_does_not_end():
+    while True:
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            pass
+""")
+    settings = SimpleNamespace(tests=["-n", "1", "-p", "tests.conftest", str(tmp_path)])
+    args = SimpleNamespace(device="cpu", part="tests", case="all", out=tmp_path, settings=settings,
+                           started=time.perf_counter(), seconds=12)
+    gpu.tests(args, "all")
+    assert time.perf_counter() < args.started + 12
+    results = {name: measures for (_, _, name), measures in read_results(tmp_path).items()}
+    assert results.pop("all") == {"status": "out of time", "failed": "1"}
+    (name, measures), = results.items()
+    assert name.endswith("test_slow.py::test_fails") and measures == {"result": "FAILED"}
 
 
 def test_a_case_that_does_not_end_is_killed_with_the_processes_it_started(tmp_path, monkeypatch):
