@@ -1,4 +1,4 @@
-"""Macro F1 as the competition computes it, and which classes lose it.
+"""Macro F1 as the competition computes it, and the F1 of each attribute and class.
 
     python f1.py submission.csv answers.csv
     python f1.py results/fold-*                           # pooled out-of-fold predictions
@@ -20,10 +20,8 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with P
 from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
 from core.evaluation import draw_people
-from core.labels import AGES, CLASS_NAMES, GENDERS, MASKS, NUM_CLASSES, PROBABILITIES, decode
+from core.labels import ATTRIBUTES, CLASS_NAMES, NUM_CLASSES, PROBABILITIES, decode
 from core.tables import read_table
-
-ATTRIBUTES = {"mask": MASKS, "gender": GENDERS, "age": AGES}
 
 
 def macro_f1(labels, predictions):

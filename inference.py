@@ -30,15 +30,7 @@ from core.faces import BOX, FaceFinder, describe_faces, find_all_faces
 from core.files import check_output, write_atomically
 from core.framing import FramedPhotos, choose_framings
 from core.images import drop_bad_images
-from core.labels import (
-    AGES,
-    CLASS_NAMES,
-    GENDERS,
-    MASKS,
-    NUM_CLASSES,
-    PROBABILITIES,
-    decode,
-)
+from core.labels import ATTRIBUTES, CLASS_NAMES, NUM_CLASSES, PROBABILITIES, decode, marginals
 from core.layout import find_part, is_train_part, list_images, read_eval
 from core.onnx_model import export_onnx, has_current_onnx, onnx_predictor
 from core.prediction import Normalize, predict, torch_predictor
@@ -63,7 +55,7 @@ def main(argv=None):
     all_photos = photos
     if args.draw:
         check_draw_folder(args.draw, photos)
-    detector, framings, no_faces = choose_framings(args.face, args.face_model, is_eval, configs)
+    detector, framings, why_no_faces = choose_framings(args.face, args.face_model, is_eval, configs)
     if args.on_bad_image == "skip":
         if is_eval:
             raise InputError("--on_bad_image skip: a submission needs all rows of the eval part; "
@@ -76,8 +68,8 @@ def main(argv=None):
     if is_main:
         print(f"{len(photos)} photos of {data_dir} on {device}, by "
               f"{' and '.join(map(str, checkpoints))}")
-        if no_faces:
-            print(f"faces: not looked for: {no_faces}")
+        if why_no_faces:
+            print(f"faces: not looked for: {why_no_faces}")
         if not is_eval and (note := sample_note(configs)):
             print(note)
 
@@ -89,16 +81,7 @@ def main(argv=None):
         if is_main:
             print(describe_faces(photos))
 
-    # Members with the same framing, crop and resize share the decoded photos.
-    member_probs = np.zeros((len(checkpoints), len(photos), NUM_CLASSES))
-    geometries = [(tuple(config["size"]), tuple(config["crop"]), str(framing))
-                  for config, framing in zip(configs, framings, strict=True)]
-    for geometry in dict.fromkeys(geometries):
-        same = [i for i, other in enumerate(geometries) if other == geometry]
-        dataset = FramedPhotos(photos, CropResize(*geometry[:2]), framings[same[0]])
-        loader = create_eval_loader(dataset, args.valid_batch_size, workers, device)
-        members = [(predictors[i], args.tta or configs[i]["tta"]) for i in same]
-        member_probs[same] = predict(members, loader, device)
+    member_probs = predict_members(args, predictors, configs, framings, photos, workers, device)
     distributed.cleanup()
     if not is_main:
         return
@@ -108,36 +91,55 @@ def main(argv=None):
     check_finite(probabilities, photos)
     predictions = probabilities.argmax(axis=1)
     readable = readable_columns(probabilities, predictions)
-    table = photos.assign(ans=predictions)
-    tables = {output: table if is_eval else table.join(readable)}
+    answers = photos.assign(ans=predictions)
+    table = write_table(output, answers if is_eval else answers.join(readable), all_photos)
     if args.save_probs:
-        tables[args.save_probs] = photos.join(pd.DataFrame(probabilities, columns=PROBABILITIES))
-    for path, table in tables.items():
-        # A photo that was skipped keeps its row, without values.
-        table = all_photos.merge(table.drop(columns="ImageID"), how="left", on="path")
-        if "ans" in table:
-            table["ans"] = table["ans"].astype("Int64")
-        tables[path] = table.drop(columns="path")
-        with write_atomically(path) as temporary:
-            tables[path].to_csv(temporary, index=False)
+        columns = pd.DataFrame(probabilities, columns=PROBABILITIES)
+        write_table(args.save_probs, photos.join(columns), all_photos)
     if args.draw:
         save_drawings(args.draw, photos.join(readable))
     if not is_eval:
-        print(tables[output].drop(columns=BOX, errors="ignore").head(10).to_string(index=False))
+        print(table.drop(columns=BOX, errors="ignore").head(10).to_string(index=False))
     print(histogram(predictions, configs[0].get("class_counts")))
     skipped = len(all_photos) - photos.path.nunique()
     if skipped:
         print(f"photos without a prediction: {skipped} of {len(all_photos)}")
     if args.draw:
         print(f"wrote {args.draw}: {photos.path.nunique()} photos with their predictions")
-    for path in reversed(tables):
-        print(f"wrote {path}: {len(tables[path])} rows")
-    answers = Path(data_dir) / "answers.csv"
-    if is_eval and answers.is_file():
+    for path in filter(None, (args.save_probs, output)):
+        print(f"wrote {path}: {len(table)} rows")
+    truth = Path(data_dir) / "answers.csv"
+    if is_eval and truth.is_file():
         # "./": a name may begin with "-"
         paths = shlex.join([os.path.join(os.curdir, path) if path.startswith("-") else path
-                            for path in (str(output), os.path.relpath(answers))])
+                            for path in (str(output), os.path.relpath(truth))])
         print(f"score it: {script('f1.py')} {paths}")
+
+
+def predict_members(args, predictors, configs, framings, photos, workers, device):
+    """Return the probabilities of each member for each photo or face: (members, N, 18)."""
+    probabilities = np.zeros((len(predictors), len(photos), NUM_CLASSES))
+    # Members with the same framing, crop and resize share the decoded photos.
+    geometries = [(tuple(config["size"]), tuple(config["crop"]), str(framing))
+                  for config, framing in zip(configs, framings, strict=True)]
+    for geometry in dict.fromkeys(geometries):
+        same = [i for i, other in enumerate(geometries) if other == geometry]
+        dataset = FramedPhotos(photos, CropResize(*geometry[:2]), framings[same[0]])
+        loader = create_eval_loader(dataset, args.valid_batch_size, workers, device)
+        members = [(predictors[i], args.tta or configs[i]["tta"]) for i in same]
+        probabilities[same] = predict(members, loader, device)
+    return probabilities
+
+
+def write_table(path, table, all_photos):
+    """Write a csv file and return its table; a photo that was skipped has a row without values."""
+    table = all_photos.merge(table.drop(columns="ImageID"), how="left", on="path")
+    if "ans" in table:
+        table["ans"] = table["ans"].astype("Int64")
+    table = table.drop(columns="path")
+    with write_atomically(path) as temporary:
+        table.to_csv(temporary, index=False)
+    return table
 
 
 def create_predictor(checkpoint, engine, amp, device):
@@ -208,17 +210,11 @@ def readable_columns(probabilities, predictions):
         probabilities: (N, 18).
         predictions: (N,) of 0..17.
     """
-    columns = {}
-    # The probability of an attribute is the sum over the other two.
-    joint = probabilities.reshape(-1, len(MASKS), len(GENDERS), len(AGES))
-    rows = np.arange(len(predictions))
-    mask, gender, age = decode(predictions)
-    for name, names, value, other_axes in [
-        ("mask", MASKS, mask, (2, 3)), ("gender", GENDERS, gender, (1, 3)),
-        ("age", AGES, age, (1, 2)),
-    ]:
+    columns, rows = {}, np.arange(len(predictions))
+    for (name, names), value, part in zip(ATTRIBUTES.items(), decode(predictions),
+                                          marginals(probabilities), strict=True):
         columns[name] = np.array(names)[value]
-        columns[f"{name}_probability"] = joint.sum(axis=other_axes)[rows, value].round(4)
+        columns[f"{name}_probability"] = part[rows, value].round(4)
     return pd.DataFrame(columns | {"probability": probabilities[rows, predictions].round(4)})
 
 

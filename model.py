@@ -60,9 +60,9 @@ def create_model(name, size, weights="none", dropout=0.0):
     kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout,
               "pretrained": weights == "imagenet"} | model_args(name, size)
     # A function gets those of these arguments that it takes.
-    parameters = inspect.signature(build).parameters.values()
-    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
-        kwargs = {key: kwargs[key] for key in kwargs.keys() & {p.name for p in parameters}}
+    parameters = inspect.signature(build).parameters
+    if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
+        kwargs = {key: kwargs[key] for key in kwargs.keys() & parameters.keys()}
     is_timm_name = getattr(build, "func", None) is timm.create_model
     timm_name = build.args[0] if is_timm_name else name
     try:
@@ -85,7 +85,7 @@ def create_model(name, size, weights="none", dropout=0.0):
             raise _size_error(timm_name, size, error) from None
         model.train()
 
-    if weights == "imagenet" and not is_timm:
+    if weights == "imagenet" and not is_timm and "pretrained" not in parameters:
         raise InputError(f"--weights imagenet: {name} is hand-written and has no ImageNet "
                          f"weights; pass --weights none or --weights FILE")
     if weights == "none":

@@ -396,7 +396,7 @@ def check_args(args):
         raise InputError("--val_ratio 0 trains on everyone, --n_folds does not; pass one of them")
     if args.resume and args.overwrite:
         raise InputError("--resume and --overwrite contradict each other; pass one of them")
-    if args.patience and not args.val_ratio and not args.n_folds:
+    if args.patience and not args.val_ratio:
         raise InputError("--patience needs validation, --val_ratio 0 has none; pass one of them")
     distributed.check_restarts(args.resume)
 

@@ -142,7 +142,8 @@ def predict(members, photos, folder, *flags):
     """Write valid_predictions.csv of the members' mean for labelled photos, as train.py does."""
     folder.mkdir(parents=True, exist_ok=True)
     probs = folder / "probabilities.csv"
-    python("inference.py", "--model_dir", *members, "--data_dir", *photos.path, *flags,
+    python("inference.py", "--model_dir", *members, "--data_dir", *photos.path, "--no-face",
+           *flags,
            "--output", folder / "predictions.csv", "--save_probs", probs)
     probabilities = pd.read_csv(probs, index_col="ImageID").loc[photos.path].to_numpy()
     tabulate(photos, probabilities).to_csv(folder / "valid_predictions.csv", index=False)

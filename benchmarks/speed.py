@@ -296,7 +296,7 @@ def train_loop(args, name, loader, channels_last, create_optimizer,
     for images, targets in loader:
         if channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with precision():  # anew in each step: its copies of the weights end with it
+        with precision():  # entered in each step: its copies of the weights end with it
             loss = criterion(model(images), targets)
         optimizer.zero_grad()
         loss.backward()

@@ -105,7 +105,10 @@ def in_range(kind, low, high=math.inf, including_high=False):
 
 
 def format_flag(name, value):
-    """Return the list of arguments that sets a flag to a value: ["--resize", "384", "288"]."""
+    """Return the list of arguments that sets a flag to a value: ["--resize", "384", "288"].
+
+    None gives ["no --name"], for messages only.
+    """
     if value is None:
         return [f"no --{name}"]
     if isinstance(value, bool):
@@ -135,12 +138,14 @@ def script(name):
 def restores_process(main):
     """Decorate a command's main: log lines go to stdout while it runs.
 
-    It leaves logging, signal handlers and the environment as it found them, for notebooks.
+    For notebooks: at the end logging, signal handlers, determinism and CUBLAS_WORKSPACE_CONFIG are
+    as before.
     """
     @functools.wraps(main)
     def wrapper(argv=None):
         handlers, level, propagate = log.handlers, log.level, log.propagate
-        cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")  # the only variable that is set
+        # The only variable that train.py and inference.py set.
+        cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         was_deterministic = _is_deterministic()
         on_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         log.handlers, log.propagate = [logging.StreamHandler(sys.stdout)], False

@@ -216,10 +216,7 @@ class StopSignals:
 
     def __init__(self):
         self.received, self.time = 0, 0.0
-        try:
-            self.stderr = os.dup(2)  # core.images redirects 2 while it decodes a photo
-        except OSError:  # closed
-            self.stderr = 2
+        self.stderr = os.dup(2)  # core.images redirects 2 while it decodes a photo
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # others get no signals
             self.previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS

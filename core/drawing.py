@@ -45,8 +45,8 @@ def draw_predictions(pixels, rows):
                  f"{row['gender']} {row['gender_probability']:.0%}\n"
                  f"{AGE_WORDS[AGES.index(row['age'])]} {row['age_probability']:.0%}")
         labels.append((text, mask, (left, top, top + height)))
-    # The labels last, so that no box crosses them: above the box, else below it, else inside it;
-    # about the whole photo: at its bottom.
+    # Draw the labels last, so that no box crosses them: above the box, or below it, or inside it.
+    # Without a box: at the bottom of the photo.
     for text, mask, (left, top, bottom) in labels:
         _, _, text_width, text_height = draw.multiline_textbbox((0, 0), text, font, spacing=unit)
         text_width, text_height = text_width + 4 * unit, text_height + 4 * unit

@@ -1,6 +1,6 @@
 """Decoding photos, and finding those that are damaged.
 
-Pixels decide: of all that stands beside them in a file only the orientation is used.
+Only the pixels and the orientation of a file are used. Other metadata is ignored.
 """
 import contextlib
 import functools
@@ -44,15 +44,15 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at half of that; _decode has 
 
 # OpenCV decodes a JPEG at 1/1, 1/2, 1/4 or 1/8 of its size.
 # With IMREAD_COLOR_RGB these flags give colours, in spite of their names.
-REDUCED = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-           8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
+REDUCED_FLAGS = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+                 8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
 ORIENTATION = 0x0112
 # TIFF tags that say how the pixels are stored, and the orientation.
 PIXEL_TAGS = {*range(254, 260), 262, 266, ORIENTATION, *range(273, 280), 284, 292, 293, 317, 320,
               *range(322, 326), 330, 338, 339, 347, *range(512, 522), *range(529, 533)}
 
-# Length of a PNG's tRNS chunk for gray and colour photos.
-TRANSPARENCY = {b"\0": 2, b"\2": 6}
+# Length of a PNG's tRNS chunk, by colour type: gray, RGB.
+TRNS_LENGTH = {b"\0": 2, b"\2": 6}
 
 # What a file may be instead: its first bytes, a name, and what to do.
 CONVERT, DOWNLOAD = "convert it to JPEG", "download or copy it again"
@@ -148,9 +148,9 @@ def _decode_bytes(path, data, min_size):
     if data.startswith(b"\xff\xd8\xff"):
         if orientation >= 5:  # width and height change places
             min_size = min_size[::-1]
-        factor = max(n for n in REDUCED if n == 1 or (
+        factor = max(n for n in REDUCED_FLAGS if n == 1 or (
             height >= n * min_size[0] and width >= n * min_size[1]))
-        flags = REDUCED[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        flags = REDUCED_FLAGS[factor] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         pixels, damage = _decode_jpeg(data, flags)
         if mode in ("RGB", "L") and pixels is not None:
             return _rotate(pixels, orientation), *facts, damage
@@ -243,7 +243,8 @@ def _rotate(pixels, orientation):
 def _without_metadata(data):
     """Take out of a file what is not needed for the pixels and may break a decoder.
 
-    Returns (the file, orientation or 0, header): of most JPEGs (width, height, Pillow's mode).
+    Returns (file, orientation or 0, header). The header is (width, height, Pillow's mode) for most
+    JPEGs, else None.
     """
     if data[:1] in (b"\r", b"\n"):  # some web servers add line breaks before the photo
         data = data.lstrip(b"\r\n")
@@ -302,7 +303,7 @@ def _without_png_chunks(data):
                 what = "wrong checksum" if len(chunk) == 12 + length else "the file is truncated"
                 raise ValueError(f"{what} in {kind.decode()}")
             parts.append(chunk)
-        elif kind == b"tRNS" and is_whole and length == TRANSPARENCY.get(parts[1][17:18], length):
+        elif kind == b"tRNS" and is_whole and length == TRNS_LENGTH.get(parts[1][17:18], length):
             parts.append(chunk)
     if parts[-1][4:8] != b"IEND":
         parts.append(b"\0\0\0\0IEND\xaeB`\x82")
@@ -366,15 +367,15 @@ def check_images(paths):
     """
     # Processes: `_decode_jpeg` is not for threads.
     workers = min(cpu_count(), len(paths) // 32)
-    with ProcessPoolExecutor(max(workers, 1), initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(max(workers, 1), initializer=end_with_parent) as pool:
         results = pool.map(_check_image, paths, chunksize=8) if workers > 1 else map(
             _check_image, paths)
         rows = list(tqdm(results, total=len(paths), disable=None, unit="photo", desc="check"))
     return pd.DataFrame(rows, columns=["error", "size", "mode", "digest"], index=paths.index)
 
 
-def _end_with_parent():
-    # A worker of a process that was killed would wait for its next photo for ever.
+def end_with_parent():
+    """Initialize a worker of a pool: without it, it outlives a parent that is killed."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)

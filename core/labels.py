@@ -4,6 +4,7 @@ import numpy as np
 MASKS = ("wear", "incorrect", "not wear")
 GENDERS = ("male", "female")
 AGES = ("<30", "30-59", ">=60")
+ATTRIBUTES = {"mask": MASKS, "gender": GENDERS, "age": AGES}
 CLASS_NAMES = tuple(f"{mask}, {gender}, {age}"
                     for mask in MASKS for gender in GENDERS for age in AGES)
 NUM_CLASSES = len(CLASS_NAMES)
@@ -21,6 +22,12 @@ def encode(mask, gender, age):
 def decode(label):
     """Return (mask, gender, age) of a class 0..17; an int or an array."""
     return label // 6, label // 3 % 2, label % 3
+
+
+def marginals(probabilities):
+    """Return the probabilities of mask (N, 3), gender (N, 2) and age (N, 3) from (N, 18)."""
+    joint = probabilities.reshape(-1, len(MASKS), len(GENDERS), len(AGES))
+    return joint.sum(axis=(2, 3)), joint.sum(axis=(1, 3)), joint.sum(axis=(1, 2))
 
 
 def age_band(years):

@@ -186,14 +186,13 @@ def list_images(paths):
             for file in _walk(path, left_out):
                 inside = os.path.relpath(file, path)
                 reason = why_left_out(file, os.path.isfile(file))
-                if any(map(is_tool_name, Path(inside).parts)):
-                    # A photo there is counted; other files have nothing to do with photos.
-                    reason = "" if reason else "hidden, or made by another program"
-                    left_out += [(file, reason)] if reason else []
-                elif reason:
-                    left_out.append((file, reason))
-                else:
+                is_hidden = any(map(is_tool_name, Path(inside).parts))
+                if not reason and not is_hidden:
                     files[file if len(paths) > 1 else inside] = file
+                elif not reason:
+                    left_out.append((file, "hidden, or made by another program"))
+                elif not is_hidden:
+                    left_out.append((file, reason))
         elif path.is_file():
             files[str(path)] = str(path)
         else:
@@ -209,7 +208,7 @@ def list_images(paths):
 
 
 def _walk(folder, unreadable=None):
-    """Yield all files below a folder; of a loop of links nothing twice.
+    """Yield all files below a folder. Each real folder is visited once: links may form a loop.
 
     Folders that cannot be read are added to the list `unreadable`, as pairs (path, reason).
     """
@@ -290,19 +289,19 @@ def _list_photos(images, people):
     folders = {name for name, is_dir in entries.items() if is_dir}
     left_out = [(str(images / name), "not in a person's folder")
                 for name in entries.keys() - folders]
-    folder_of = {_normalized(name): name for name in folders}
-    folder_of = {path: path if path in folders else folder_of.get(_normalized(path))
+    by_normalized = {_normalized(name): name for name in folders}
+    folder_of = {path: path if path in folders else by_normalized.get(_normalized(path))
                  for path in people.path}
     # train.csv and the folders must list the same people.
     table = images.parent / "train.csv"
-    for names, found, wanted in [
+    for names, listed_in, missing_in in [
         ([path for path, folder in folder_of.items() if folder is None], "train.csv", images),
         (folders - set(folder_of.values()), images, "train.csv"),
     ]:
         if names:
-            raise InputError(f"{table} does not match the folders: {min(names)!r} is in {found} "
-                             f"but not in {wanted} ({len(names)} in all); expected one line per "
-                             f"folder")
+            raise InputError(f"{table} does not match the folders: {min(names)!r} is in "
+                             f"{listed_in} but not in {missing_in} ({len(names)} in all); expected "
+                             f"one line per folder")
     shared = {folder for folder, count in Counter(folder_of.values()).items() if count > 1}
     if shared:
         raise InputError(f"{table}: two rows name the folder {min(shared)!r}; expected one")

@@ -1,4 +1,4 @@
-"""Figures: a confusion matrix, and sheets of photos with captions."""
+"""Figures: confusion matrix, training curves, reliability plot, and sheets of photos."""
 import math
 from pathlib import Path
 

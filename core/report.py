@@ -67,7 +67,7 @@ class Reporter:
         self.train_photos, self.valid_photos = train_photos, valid_photos
         self.summarize = summarize
         self.photos_per_step = state.args["batch_size"] * state.args["accumulation_steps"]
-        self.losses = []  # pairs (step, mean loss since the last pair)
+        self.losses = []  # pairs (step, mean loss of the steps before it)
         self.card_time = time.perf_counter()
         self.is_main = distributed.rank() == 0
         # disable=None: a bar on a terminal, log lines elsewhere
@@ -86,7 +86,7 @@ class Reporter:
         self.clock_step, self.clock_time = self.state.step, time.perf_counter()
 
     def log_step(self, loss, lr):
-        """Report the mean loss since the last call, the learning rate and the speed."""
+        """Report the mean loss since the last call or evaluation, the learning rate, the speed."""
         step, seconds = self.state.step, time.perf_counter() - self.clock_time
         speed = (step - self.clock_step) * self.photos_per_step / seconds
         self.restart_clock()
@@ -102,8 +102,10 @@ class Reporter:
             self.progress.set_postfix_str(f"loss {loss:.4f}, lr {lr:.3g}, {speed:.1f} images/s")
 
     def log_evaluation(self, folder):
-        """Report the newest evaluation: a log line, TensorBoard, log.jsonl, and if it is the best
-        the figures and the card.
+        """Report the newest evaluation: a log line, TensorBoard and log.jsonl.
+
+        For the best one also write figures and card, at most once a minute; `log_result` writes
+        them at the end.
         """
         self.restart_clock()
         if not self.is_main:

@@ -107,7 +107,7 @@ def open_output_dir(output_dir, resume, overwrite, argv):
 
 
 def open_run(args, state, argv):
-    """Open the results folder in process 0, and fill `state` from it with --resume in all.
+    """Lock the results folder in process 0; with --resume, all load the last checkpoint's state.
 
     Args:
         args, argv: the flags, parsed and as given.

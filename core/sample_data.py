@@ -14,6 +14,7 @@ from joblib import cpu_count
 
 from core.errors import InputError
 from core.files import delete
+from core.images import end_with_parent
 from core.labels import GENDERS, MASK_OF_SHOT, encode
 from core.sample_people import draw_photo, invent_person
 
@@ -69,7 +70,7 @@ def _draw_people(root, part, first, count, seed):
     ranks = (np.random.default_rng([seed, first]).permutation(count) + 0.5) / max(count, 1)
     groups = np.searchsorted(np.cumsum(GROUP_SHARES), ranks).clip(0, 5)
     jobs = [(root, part, first + i, int(group), seed) for i, group in enumerate(groups)]
-    with ProcessPoolExecutor(cpu_count()) as pool:
+    with ProcessPoolExecutor(cpu_count(), initializer=end_with_parent) as pool:
         rows = [row for rows in pool.map(_draw_person, jobs, chunksize=4) for row in rows]
     if part == "train":
         people = pd.DataFrame(rows, columns=["id", "gender", "race", "age", "path"])

@@ -1,6 +1,9 @@
 """The heat maps, and the page of tools.demo, with and without Gradio."""
 import json
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from importlib.util import find_spec
 
@@ -9,7 +12,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from conftest import tolerance
+from conftest import ROOT, tolerance
 from PIL import Image
 from torch import nn
 
@@ -117,7 +120,7 @@ def check_answer(drawn_size, mask, gender, age, heat_size, checkpoint, photo, tm
 
 def test_the_page_shows_what_inference_predicts(checkpoint, photo, tmp_path):
     explainer = demo.Explainer(checkpoint)
-    assert "requirements-face.txt" in explainer.note  # without a framing, or without the detector
+    assert "aces are not looked for" in explainer.note  # no framing, or no detector
     drawn, *attributes, heat = explainer(photo)
     check_answer(drawn.size, *attributes, heat.shape[1::-1], checkpoint, photo, tmp_path)
 
@@ -126,6 +129,18 @@ def test_a_missing_package_is_named(checkpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(InputError, match=r"pip install -r requirements-demo\.txt"):
         demo.main(["--model_dir", str(checkpoint)])
+
+
+@pytest.mark.skipif(find_spec("gradio") is None, reason="needs requirements-demo.txt")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_no_photo_is_left_when_the_page_ends(checkpoint, tmp_path, number):
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen([sys.executable, "-m", "tools.demo", "--model_dir", checkpoint],
+                               cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    line = process.stdout.readline()
+    assert "http://127.0.0.1" in line and list(tmp_path.glob("tmp*"))
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number and not list(tmp_path.glob("tmp*"))
 
 
 @pytest.mark.skipif(find_spec("gradio") is None, reason="needs requirements-demo.txt")

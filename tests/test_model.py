@@ -132,6 +132,17 @@ def test_no_imagenet_weights_for_a_hand_written_backbone(monkeypatch):
         create_model("tiny", (4, 4), "imagenet")
 
 
+def test_a_hand_written_backbone_may_load_weights_itself(monkeypatch):
+    def tiny(num_classes, pretrained=False):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, num_classes))
+        nn.init.constant_(model[1].weight, 1.0 if pretrained else 0.0)
+        return model
+
+    monkeypatch.setitem(MODELS, "tiny", tiny)
+    assert (create_model("tiny", (4, 4), "imagenet")[1].weight == 1).all()
+    assert (create_model("tiny", (4, 4), "none")[1].weight == 0).all()
+
+
 def test_the_backbone_in_the_docstring_works_and_its_checkpoint_rebuilds_it(tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "tiny_cnn", None)  # is removed after the test
     exec(docstring_backbone(), {"nn": nn, "MODELS": MODELS})

@@ -432,6 +432,21 @@ def test_main_works_in_a_thread_and_leaves_the_others_alone(dataset, tmp_path):
 
 # --- processes ---
 
+def test_the_processes_that_draw_the_sample_end_with_their_parent(tmp_path):
+    argv = [sys.executable, "-m", "tools.sample_data", "--root", str(tmp_path / "data")]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(argv, cwd=ROOT, stdout=log, stderr=log)
+    children, deadline = [], time.monotonic() + 60
+    while not children and time.monotonic() < deadline:
+        time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert children and not any(os.path.exists(f"/proc/{pid}") for pid in children)
+
+
 @pytest.mark.parametrize(("variables", "says"), [
     ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 and RANK is not set"),
     ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "4",

@@ -113,44 +113,59 @@ def find_errors(predictions, years=None):
     likely_age = np.eye(len(AGES))[age] if years is None else age_bands(years)
     rows = []
     for name, where in pd.Series(range(len(person))).groupby(person).indices.items():
-        # Photos without a mask show most; they represent the person.
+        # Photos without a mask first: they show most of the face.
         where = where[np.argsort(-mask[where], kind="stable")]
-        first, mean = where[0], joint[where].mean(axis=0)
-
-        # Gender and age: one label per person, compared with the mean of the photos.
-        for kind, names, label, probabilities, likely in [
-            ("gender", GENDERS, gender, mean.sum((0, 2)), np.eye(len(GENDERS))[gender[first]]),
-            ("age", AGES, age, mean.sum((0, 1)), likely_age[first]),
-        ]:
-            best = probabilities.argmax()
-            if best != label[first]:
-                rows.append((kind, name, [files[first]], names[label[first]], names[best],
-                             probabilities @ likely))
-
-        # Swap: both mask states as labelled, compared with both exchanged.
-        pair = [where[mask[where] == state] for state in (1, 2)]
-        if all(map(len, pair)):
-            wrong, none = (joint[photos].sum((2, 3)).mean(axis=0) for photos in pair)
-            as_labelled, swapped = wrong[1] * none[2], wrong[2] * none[1]
-            if swapped > as_labelled:
-                shown = [files[photos[0]] for photos in pair]
-                rows.append(("swap", name, shown, "incorrect + not wear", "not wear + incorrect",
-                             as_labelled / (as_labelled + swapped)))
-
-        # Photo: similarity of each photo's gender and age with the mean of the person's others
-        # (Bhattacharyya coefficient).
-        groups = joint[where].sum(axis=1).reshape(len(where), -1)
-        others = (groups.sum(0) - groups) / max(len(where) - 1, 1)
-        for i in np.flatnonzero(groups.argmax(1) != others.argmax(1)) if len(where) > 1 else []:
-            shown = [files[where[i]], files[where[0 if i else 1]]]
-            rows.append(("photo", name, shown, group_name(others[i]), group_name(groups[i]),
-                         np.sqrt(groups[i] * others[i]).sum()))
+        own = files[where], mask[where], joint[where]
+        first = where[0]
+        found = [*wrong_attributes(*own, gender[first], age[first], likely_age[first]),
+                 *swapped_shots(*own), *odd_photos(*own)]
+        rows += [(kind, name, *values) for kind, *values in found]
     errors = pd.DataFrame(rows, columns=["kind", "person", "photos", "label", "prediction",
                                          "score"])
     kinds = pd.Categorical(errors.kind, KINDS)
     errors = errors.assign(kind=kinds).sort_values(["kind", "score"], kind="stable")
     errors.insert(1, "rank", errors.groupby("kind", observed=True).cumcount() + 1)
     return errors.astype({"kind": str}).reset_index(drop=True)
+
+
+# The four kinds of errors of one person. Each function takes the file names, mask states (n,) and
+# probabilities (n, 3, 2, 3) of the person's photos, and yields (kind, files to look at, label,
+# prediction, score).
+
+def wrong_attributes(files, mask, joint, gender, age, likely_age):
+    """Gender and age: the person's label, compared with the mean of the photos."""
+    mean = joint.mean(axis=0)
+    for kind, names, label, probabilities, likely in [
+        ("gender", GENDERS, gender, mean.sum((0, 2)), np.eye(len(GENDERS))[gender]),
+        ("age", AGES, age, mean.sum((0, 1)), likely_age),
+    ]:
+        best = probabilities.argmax()
+        if best != label:
+            yield kind, [files[0]], names[label], names[best], probabilities @ likely
+
+
+def swapped_shots(files, mask, joint):
+    """Swap: both mask states as labelled, compared with both exchanged."""
+    if not {1, 2} <= set(mask):
+        return
+    incorrect, no_mask = (joint[mask == state].sum((2, 3)).mean(axis=0) for state in (1, 2))
+    as_labelled, swapped = incorrect[1] * no_mask[2], incorrect[2] * no_mask[1]
+    if swapped > as_labelled:
+        yield ("swap", [files[mask == state][0] for state in (1, 2)], "incorrect + not wear",
+               "not wear + incorrect", as_labelled / (as_labelled + swapped))
+
+
+def odd_photos(files, mask, joint):
+    """Photo: similarity of a photo's gender and age with the mean of the person's other photos
+    (Bhattacharyya coefficient).
+    """
+    if len(files) == 1:
+        return
+    groups = joint.sum(axis=1).reshape(len(files), -1)
+    others = (groups.sum(0) - groups) / (len(files) - 1)
+    for i in np.flatnonzero(groups.argmax(1) != others.argmax(1)):
+        yield ("photo", [files[i], files[0 if i else 1]], group_name(others[i]),
+               group_name(groups[i]), np.sqrt(groups[i] * others[i]).sum())
 
 
 def age_bands(years):

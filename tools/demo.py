@@ -3,13 +3,15 @@
     pip install -r requirements-demo.txt && python -m tools.demo --model_dir results
 """
 import os
+import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 
 import pandas as pd
 
 from core.checkpoint import find_checkpoint, sample_note
-from core.cli import ArgumentParser, in_range, restores_process, run_cli
+from core.cli import STOP_SIGNALS, ArgumentParser, in_range, restores_process, run_cli
 from core.device import choose_device
 from core.drawing import AGE_WORDS, MASK_WORDS, draw_predictions
 from core.errors import InputError, as_one_line
@@ -17,7 +19,7 @@ from core.faces import FaceFinder, find_all_faces
 from core.framing import FramedPhotos, choose_framings
 from core.gradcam import grad_cam, overlay
 from core.images import read_image
-from core.labels import AGES, GENDERS, MASKS
+from core.labels import GENDERS, marginals
 from core.prediction import Normalize, predict, torch_predictor
 from dataset import CropResize, create_eval_loader
 from inference import readable_columns
@@ -30,7 +32,9 @@ def main(argv=None):
     if find_spec("gradio") is None:
         raise InputError("gradio is not installed: pip install -r requirements-demo.txt")
     explainer = Explainer(args.model_dir)
-    # Nothing is sent to other machines, and the photos are deleted when the page is closed.
+    for number in STOP_SIGNALS[1:]:  # as with Ctrl-C, the photos are deleted
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    # Nothing is sent to other machines, and the photos are deleted at the end.
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
@@ -44,15 +48,15 @@ def main(argv=None):
 
 
 class Explainer:
-    """What the page shows of a photo, by its path; `note` says what limits it, or is ""."""
+    """Predicts one photo for the page. `note` names the model's limits, or is empty."""
 
     def __init__(self, model_dir):
         model, self.config = load_model(find_checkpoint(model_dir))
-        self.detector, (self.framing,), no_faces = choose_framings(
+        self.detector, (self.framing,), why_no_faces = choose_framings(
             None, None, False, [self.config])
         self.note = sample_note([self.config])
-        if no_faces:
-            self.note += f" Faces are not looked for: {no_faces}."
+        if why_no_faces:
+            self.note += f" Faces are not looked for: {why_no_faces}."
         self.crop_resize = CropResize(self.config["size"], self.config["crop"])
         self.device = choose_device("auto")
         self.model = model.to(self.device)
@@ -71,11 +75,11 @@ class Explainer:
         answers = probabilities.argmax(axis=1)
         table = photos.join(readable_columns(probabilities, answers))
 
-        # Of the largest face: all probabilities, and the heat map of its class.
+        # For the largest face: all probabilities, and a heat map of its class.
         largest = int(photos["height"].fillna(0).argmax()) if self.detector else 0
-        joint = probabilities[largest].reshape(len(MASKS), len(GENDERS), len(AGES))
-        attributes = [dict(zip(names, joint.sum(axis=axes).tolist(), strict=True)) for names, axes
-                      in [(MASK_WORDS, (1, 2)), (GENDERS, (0, 2)), (AGE_WORDS, (0, 1))]]
+        parts = zip((MASK_WORDS, GENDERS, AGE_WORDS), marginals(probabilities), strict=True)
+        attributes = [dict(zip(names, part[largest].tolist(), strict=True))
+                      for names, part in parts]
         image = dataset[largest][0]
         heat = grad_cam(self.model, self.normalize(image[None].to(self.device)), answers[largest])
         return (draw_predictions(read_image(path), table), *attributes,
