@@ -44,8 +44,8 @@ def test_every_command_is_accepted(document, tmp_path, monkeypatch):
     found = list(commands((ROOT / document).read_text()))
     assert found or document == "docs/troubleshooting.md"
     (tmp_path / "FILE").write_text("")
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results/args.txt").write_text("--lr 1e-3\n")
+    (tmp_path / "results-mine").mkdir()
+    (tmp_path / "results-mine/args.txt").write_text("--lr 1e-3\n")
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.chdir(tmp_path)
     for program, *argv in found:
