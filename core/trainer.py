@@ -90,7 +90,7 @@ class Trainer:
     losses: LossHistory = field(default_factory=LossHistory)
 
     def __post_init__(self):
-        # Once: listing them walks through all modules, 1 ms for EfficientNet-B4.
+        # Once: listing them walks through all modules, 0.6 ms for EfficientNet-B4.
         self.parameters = list(self.model.parameters())
 
     @property

@@ -84,7 +84,7 @@ def is_reachable(url):
 
 @contextlib.contextmanager
 def hub_access(needed):
-    """If the hub cannot be reached, say so at once: its client would try for 47 seconds."""
+    """If the hub cannot be reached, do not ask it: its client would try for most of a minute."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     verbosity = huggingface_hub.logging.get_verbosity()
     huggingface_hub.logging.set_verbosity_error()  # not a line for each time that it tries
