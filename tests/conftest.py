@@ -51,7 +51,7 @@ def pytest_configure(config):
     else:
         FAST[FAST.index("--device") + 1] = DEVICE
         FAST.append("--deterministic")
-        # For commands in the process of the tests, after others that have used cuBLAS.
+        # cuBLAS reads it once in a process, and some tests run commands in their own process.
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
         # Exact float32 for --no-amp. Runs without it use bfloat16.
         os.environ["NVIDIA_TF32_OVERRIDE"] = "0"

@@ -469,7 +469,7 @@ def test_variables_that_are_not_those_of_torchrun_are_named(monkeypatch, variabl
 
 
 def test_loader_processes_are_as_many_as_the_cores_that_may_be_used(monkeypatch):
-    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # joblib's own limit, as that of a container
+    monkeypatch.setenv("LOKY_MAX_CPU_COUNT", "1")  # joblib treats it like the limit of a container
     assert choose_workers(-1, torch.device("cuda")) == 0
     assert choose_workers(3, torch.device("cuda")) == 3
     assert choose_workers(-1, torch.device("cpu")) == 0
