@@ -21,7 +21,7 @@ from torch.profiler import profile
 import train as train_script
 from benchmarks.gpu import TRAIN, GpuUsage, record, train_flags
 from core.checkpoint import IMAGENET_MEAN, IMAGENET_STD
-from core.device import configure_backend
+from core.device import autocast, configure_backend
 from core.layout import read_train
 from core.prediction import Normalize, torch_predictor
 from core.prediction import predict as predict_photos
@@ -98,6 +98,7 @@ def step(args, case):
         measure_all(args, bare_step, batches=large)
     else:
         measure_all(args, bare_step, as_graph=True)
+        measure_all(args, our_step, "ours, model as graphs", model_as_graphs=True)
         measure_all(args, bare_step, tuned=True, as_graph=True)
         measure_all(args, bare_step, batches=large, as_graph=True)
 
@@ -118,8 +119,12 @@ def compile(args, case):
         measure_all(args, bare_step, mode, compile_mode=mode)
 
 
-def our_step(args, batch, size=None):
-    """Return a function that does `train_step` of train.py on one batch in memory."""
+def our_step(args, batch, size=None, model_as_graphs=False):
+    """Return a function that does `train_step` of train.py on one batch in memory.
+
+    `model_as_graphs` records the model's forward and backward pass as two CUDA graphs. Loss,
+    clipping, optimizer and averaging are launched one by one, as before.
+    """
     device, size = torch.device(args.device), size or args.settings.size
     flags = train_script.parse_args(
         train_flags(args, "sample", "--batch_size", batch, "--resize", *size))[0]
@@ -128,6 +133,11 @@ def our_step(args, batch, size=None):
     targets = torch.rand(batch, 18).softmax(dim=1)
     if device.type == "cuda":  # as the loader does
         images, targets = images.pin_memory(), targets.pin_memory()
+    if model_as_graphs:
+        with autocast(device, flags.amp):
+            torch.set_autocast_cache_enabled(False)  # as graphs require
+            inputs = trainer.normalize(images.to(device))
+            torch.cuda.make_graphed_callables(trainer.model, (inputs,))
     numbers = itertools.count(1)
     return lambda: train_script.train_step(trainer, [(images, targets)], next(numbers), flags.lr)
 
