@@ -242,8 +242,8 @@ AUGMENTATIONS = {
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
     ],
-    # For photos that are framed otherwise, or are worse, than those of training: gray, small,
-    # blurred, noisy, compressed.
+    # For photos that are framed differently from the training photos, or have lower quality: gray,
+    # small, blurred, noisy, compressed.
     "robust": lambda: [
         RandomAffine(flip=0.5, p=0.8, zoom=(0.93, 1.07), scale=(0.8, 1.25), shift=0.1, rotate=15),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
@@ -340,7 +340,7 @@ class BatchSampler:
 
     def batch(self, k):
         """Return batch k as a list of (index, seed of the augmentation)."""
-        rng = np.random.default_rng([self.seed, 0, k])  # 0: not the stream of the permutations
+        rng = np.random.default_rng([self.seed, 0, k])  # 0 here, 1 in `_permutation`
         if self.cumulative is None:
             start = k * self.batch_size
             indices = [_permutation(self.seed, position // self.num_photos, self.num_photos)[
@@ -371,7 +371,7 @@ def create_eval_loader(dataset, batch_size, num_workers, device):
     """Return a DataLoader of all photos in order, in batches of one size.
 
     The batches are made equal, and the last is padded with the last photo; `predict` drops the
-    padding. Of several processes each loads its own batches.
+    padding. Each of several processes loads its own share of the batches.
     """
     num_batches = math.ceil(len(dataset) / batch_size)
     size = math.ceil(len(dataset) / max(num_batches, 1))

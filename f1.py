@@ -235,7 +235,7 @@ def main(argv=None):
         if is_submission and len(args.against) > 1:
             raise InputError("--against: expected one submission; the answers are the same")
         other = match(args.against[0], last) if is_submission else read_pooled(args.against)
-        print(compare(table, other, args.against[0]))
+        print(compare(table, other, shlex.join(args.against)))
 
 
 def compare(table, other, name):

@@ -219,7 +219,7 @@ def readable_columns(probabilities, predictions):
 
 
 def check_finite(probabilities, photos):
-    """InputError that names the first photo with a probability that is not finite."""
+    """Raise InputError if a probability is not finite; it names the first such photo."""
     bad = ~np.isfinite(probabilities).all(axis=1)
     if bad.any():
         raise InputError(f"{photos[bad].iloc[0].path}: the probabilities of the model are not "
@@ -227,7 +227,7 @@ def check_finite(probabilities, photos):
 
 
 def histogram(predictions, training_counts):
-    """Return a table of the predicted photos per class, beside the class's part of training."""
+    """Return a table of the predictions per class, beside its share of the training photos."""
     counts = np.bincount(predictions, minlength=NUM_CLASSES)
     lines = [f"{'class':<29s} {'predicted':>9s} {'share':>7s}"]
     for label, name in enumerate(CLASS_NAMES):
@@ -249,7 +249,7 @@ def parse_args(argv=None):
     add("--model_weights", nargs="+", type=in_range(float, 0),
         help="weight of each --model_dir in the mean (default: equal)")
     add("--tta", choices=["none", "hflip"],
-        help="hflip: average a photo's predictions with its mirror image's (default: as trained)")
+        help="hflip: average a photo and its mirror image (default: as trained)")
     add("--engine", choices=["torch", "onnxruntime"], default="torch",
         help="onnxruntime: faster on a CPU, needs requirements-onnx.txt")
 
@@ -257,7 +257,7 @@ def parse_args(argv=None):
     add("--data_dir", nargs="+",
         help="dataset, photo folders or photos (default: the eval part of the training data)")
     add("--on_bad_image", choices=["error", "skip"], default="error",
-        help="skip: leave the row of a photo that cannot be decoded empty (not for an eval part)")
+        help="skip: leave the row of a damaged photo empty (not for an eval part)")
     add("--output", help="csv file to write (default: submission.csv for an eval part, "
                          "predictions.csv for other photos)")
     add("--save_probs", metavar="CSV", help="also write the 18 probabilities of each photo")

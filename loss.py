@@ -3,9 +3,9 @@
 Every loss takes logits (B, 18) and targets (B, 18), whose rows are distributions over the classes
 (one-hot rows are plain labels), and returns the mean over the batch.
 
-Class weights have a mean of 1 over the training photos, so that weighting does not change the
-scale of the loss (with a sampler that draws rare photos more often, it does). The weight of a photo
-is the mean of the class weights over its target.
+Class weights have a mean of 1 over the training photos: without a weighted sampler they do not
+change the scale of the loss. The weight of a photo is the mean of the class weights over its
+target.
 """
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def soft_targets(photos, age_sigma=0.0, old_age=60):
         old_age: age from which a person counts as old in training.
     """
     years = torch.tensor(photos.years.to_numpy())[:, None]
-    edges = torch.tensor([29.5, old_age - 0.5])
+    edges = torch.tensor([29.5, old_age - 0.5])  # between two whole years
     if age_sigma:
         below = torch.special.ndtr((edges - years) / age_sigma)  # (N, 2)
     else:

@@ -45,7 +45,7 @@ from core.layout import choose_data, dataset_folders, fingerprint, read_train
 from core.optim import create_optimizer, default_rate, learning_rate, optimizer_name
 from core.plots import save_inputs_sheet
 from core.prediction import Normalize, predict, torch_predictor
-from core.report import Reporter, describe_data, describe_run
+from core.report import Reporter, log_data, log_run
 from core.trainer import Trainer, WeightAverage, check_finite, explain_out_of_memory, not_finite
 from dataset import (
     AUGMENTATIONS,
@@ -70,7 +70,7 @@ DATASET_DEFAULTS = {
     # Small drawn photos, from scratch, in minutes on two cores.
     "sample": {"resize": [80, 60], "crop": [0.85, 0.85], "augmentation": "flip",
                "weights": "none", "dropout": 0.2, "epochs": 4, "lr": 1e-3},
-    # A head in the middle; the oldest group is exactly 60 years old, and many people are 57 to 59.
+    # The head is in the middle. Nobody is labelled older than 60, and many people are 57 to 59.
     "competition": {"crop": [0.625, 0.667], "old_age": 58},
 }
 
@@ -123,10 +123,10 @@ def main(argv=None):
         trainer.load_state_dict(training_state)
         del training_state  # as large as the model and its optimizer
     total_steps = run_folder.last_step(state, total_steps, args.patience)
-    record_framing(config, train_photos, output_dir, state.step)  # for photos of other kinds
+    record_framing(config, train_photos, output_dir, state.step)  # for other photos
 
-    describe_data(train_photos, valid_photos, class_weight)
-    describe_run(args, trainer.model, device, total_steps)
+    log_data(train_photos, valid_photos, class_weight)
+    log_run(args, trainer.model, device, total_steps)
     reporter = Reporter(output_dir, state, total_steps, train_photos, valid_photos, summarize)
     if distributed.rank() == 0:
         run_folder.write_args(args)
@@ -200,7 +200,7 @@ def create_trainer(args, initial_weights, class_weight, device):
         device: the torch device.
 
     Raises:
-        InputError: as `create_loss`, `check_shares` and `create_model`.
+        InputError: as `create_loss`, `check_shares`, `create_model` and `check_batch_norm`.
     """
     criterion = create_loss(args.criterion, class_weight, args.label_smoothing, args.gamma)
     distributed.check_shares(args.batch_size, criterion)
@@ -232,7 +232,8 @@ def train_step(trainer, batches, step, lr):
         lr: learning rate.
 
     Returns:
-        The mean loss, a tensor on the device; not finite if the loss or the gradient is not.
+        The mean loss of this process's photos, a tensor on the device. It is NaN if the gradient is
+        not finite, except with float16.
     """
     # A resumed run draws the same dropout masks as one that was never stopped.
     seeds = np.random.SeedSequence([trainer.seed, step, distributed.rank()])
@@ -267,14 +268,18 @@ def train_step(trainer, batches, step, lr):
 
 
 def evaluate(trainer, loader, photos, tta):
-    """Predict the validation photos; return the table of `f1.tabulate`."""
+    """Predict the validation photos; return the table of `f1.tabulate`.
+
+    Raises:
+        InputError: if a probability is not finite.
+    """
     model = trainer.inference_model
     # All processes evaluate the model that process 0 will save.
     distributed.broadcast_model(model)
     model.eval()
     predictor = torch_predictor(model, trainer.normalize, trainer.amp)
     predictions = tabulate(photos, predict([(predictor, tta)], loader, trainer.device)[0])
-    trainer.model.train()  # without EMA it is the model that was evaluated
+    trainer.model.train()  # without EMA the same model was evaluated
     if predictions.p0.isna().any():
         path = photos.path[predictions.p0.isna().argmax()]
         raise not_finite(f"{path}: a probability of the model")
@@ -309,7 +314,7 @@ def parse_args(argv=None):
     add("--fix_labels", action=BooleanOptionalAction, default=True,
         help="correct the known wrong labels of the competition's dataset")
     add("--on_bad_image", choices=["error", "skip"], default="error",
-        help="skip: check all labelled photos first, leave out those that cannot be decoded")
+        help="skip: check all labelled photos first, leave out those that are damaged")
     add("--soft_targets", nargs="+", metavar="CSV",
         help="train on the eval photos, too, with these probabilities (inference.py --save_probs)")
     add("--resize", nargs=2, type=in_range(int, 16, 4097), default=[384, 288],
@@ -342,7 +347,7 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("optimization").add_argument
     add("--epochs", type=positive, default=5,
-        help="epochs; one epoch draws as many photos as there are")
+        help="number of epochs; one epoch draws as many photos as the training set has")
     add("--batch_size", type=positive, default=16, help="photos per batch, over all processes")
     add("--accumulation_steps", type=positive, default=1, help="batches per optimizer step")
     add("--optimizer", type=optimizer_name, default="adamw", help="any timm optimizer name")
@@ -383,9 +388,9 @@ def parse_args(argv=None):
 
 
 def check_args(args):
-    """InputError for names that do not exist and flags that contradict each other."""
+    """Raise InputError for names that do not exist and flags that contradict each other."""
     find_builder(args.model)
-    is_resumed = args.resume and list_checkpoints(args.output_dir)  # needs no other weights
+    is_resumed = args.resume and list_checkpoints(args.output_dir)  # the checkpoint has the weights
     if not (is_resumed or args.weights in ("imagenet", "none") or Path(args.weights).is_file()):
         raise InputError(f"--weights {args.weights}: no such file; expected imagenet, none, or a "
                          f".safetensors or .pth file")

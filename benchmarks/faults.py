@@ -5,8 +5,8 @@
 Real faults in real processes: a small network on a few people of the sample dataset. Full and
 read-only disks are mounts in their own namespace (Linux, `unshare` of util-linux). For each fault
 this prints the exit status, the last line of the run, the checkpoints that are left, and whether
-inference can read one of them. The exit status is 1 if a run failed with more than one line, or
-if damage was not noticed.
+inference can read one of them. The exit status is 1 if a run ended with a traceback or another
+status than 0 or 2, or if damage was not noticed.
 """
 import os
 import shlex

@@ -227,7 +227,7 @@ def seconds_per_step(args, one_step, wait=True):
 
 
 def host_time(args, create):
-    """Return the time in which the host issues a step whose GPU work takes less time than that."""
+    """Return the host time of one step in µs, with photos so small that the GPU is faster."""
     one_step = create(args, 2, size=TINY)
     return {"host_us_per_step": seconds_per_step(args, one_step, wait=False) * 1e6}
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.robustness results/fold-0 results/fold-1 [--every 4]
 
-A photo is made worse, framed otherwise, or partly covered, after crop and resize. The people were
-not seen in training. Printed are macro F1, the recall of the three mask states, and the fractions
-of right genders and ages.
+A photo is made worse, moved, or partly covered, after crop and resize. The people were not seen in
+training. It prints macro F1, the recall of the three mask states, and the fractions of right
+genders and ages.
 """
 import argparse
 from pathlib import Path
@@ -99,7 +99,7 @@ def main():
         for folder in map(find_checkpoint, args.model_dirs):
             config = read_config(folder)
             table = pd.read_csv(folder / "valid_predictions.csv")[::args.every]
-            paths = [Path(config["train_dir"], "images", name) for name in table.ImageID]
+            paths = [Path(config["train_dir"], "images", image_id) for image_id in table.ImageID]
             photos = ChangedPhotos(paths, CropResize(config["size"], config["crop"]), change)
             member = (create_predictor(folder, "torch", None, device), config["tta"])
             loader = create_eval_loader(photos, 64, 0, device)

@@ -10,7 +10,8 @@ import numpy as np
 from sklearn.linear_model import LogisticRegression
 
 from core.images import read_image
-from core.layout import read_eval, read_table, read_train
+from core.layout import read_eval, read_train
+from core.tables import read_table
 from dataset import CropResize
 from f1 import attribute_f1, macro_f1
 

@@ -24,9 +24,10 @@ female); apparent age (under 30, 30-59, 60 and over). `train.py` wrote this card
 when the run continues.
 
 **This folder holds photos of people.** `worst_mistakes.png` and `augmented_inputs.png` show photos
-of the dataset, each `valid_predictions.csv` names its folders and labels, and `args.txt`,
-`config.json` and the commands below hold paths of the machine. Take out what must not be
-public before you publish this folder."""
+of the dataset, and each `valid_predictions.csv` names its folders and labels. `args.txt`,
+`config.json`, `trainer_state.json` and the commands below can hold paths of the machine; the name
+of the `events.out.tfevents` file holds its host name. Remove what must not be public before you
+publish this folder."""
 
 LIMITS = """\
 ## Intended use and limits

@@ -45,7 +45,7 @@ class TrainerState:
     best_macro_f1: float | None = None
     history: list = field(default_factory=list)  # the metrics of every evaluation
     data: str = ""  # fingerprint of the photos
-    args: dict = field(default_factory=dict)  # the flags
+    args: dict = field(default_factory=dict)  # those of `run_folder.recorded_flags`
 
 
 # --- config.json ---

@@ -51,14 +51,15 @@ class ArgumentParser(argparse.ArgumentParser):
             raise InputError(f"a flag file cannot be read ({as_one_line(error)}); expected one "
                              f"flag per line") from None
         # An unset shell variable gives an empty path; a shell does not expand ~ after "=".
-        for name, value in vars(namespace).items():
+        for action in self._actions:
+            value = getattr(namespace, action.dest, None)
             if any(isinstance(item, str) and not item.strip()
                    for item in (value if isinstance(value, list) else [value])):
-                raise InputError(f"--{name}: is empty; pass a value, or leave the flag out")
+                raise InputError(str(argparse.ArgumentError(action, "is empty; pass a value")))
             if isinstance(value, str):
-                setattr(namespace, name, os.path.expanduser(value))
+                setattr(namespace, action.dest, os.path.expanduser(value))
             elif isinstance(value, list) and isinstance(value[0], str):
-                setattr(namespace, name, [os.path.expanduser(item) for item in value])
+                setattr(namespace, action.dest, [os.path.expanduser(item) for item in value])
         return namespace, others
 
     def error(self, message):
@@ -144,7 +145,7 @@ def restores_process(main):
     @functools.wraps(main)
     def wrapper(argv=None):
         handlers, level, propagate = log.handlers, log.level, log.propagate
-        # The only variable that train.py and inference.py set.
+        # The only variable that `main` sets (dataset.py sets another one when it is imported).
         cublas = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
         was_deterministic = _is_deterministic()
         on_signal = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -179,7 +180,7 @@ class _Output(io.FileIO):
             written = super().write(data)
         except OSError:
             written = None
-        return len(data) if written is None else written  # None: a full pipe that does not wait
+        return len(data) if written is None else written  # None: the pipe is full and non-blocking
 
 
 def _open_outputs():

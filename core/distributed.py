@@ -20,7 +20,7 @@ from core.errors import InputError, as_one_line
 
 
 def init_distributed(device):
-    """Join torchrun's processes if it started this one; return this process's own device.
+    """Initialize torch.distributed if torchrun started this process; return its device.
 
     Raises:
         InputError: for an environment that is not torchrun's, a --device with a number, more

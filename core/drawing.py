@@ -31,7 +31,7 @@ def draw_predictions(pixels, rows):
     """
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
-    unit = max(image.size) / 400  # about the width of a line that can be seen at a glance
+    unit = max(image.size) / 400  # line width in pixels, relative to the photo
     font = ImageFont.load_default(size=max(12, 9 * unit))
     labels = []
     for row in rows.to_dict("records"):
@@ -69,7 +69,7 @@ def drawn_path(folder, image_id):
 
 
 def check_draw_folder(folder, photos):
-    """InputError if drawings cannot be written there, or would replace the photos."""
+    """Raise InputError if drawings cannot be written there, or would replace the photos."""
     parent = next(path for path in [Path(folder), *Path(folder).absolute().parents]
                   if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK):

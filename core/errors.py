@@ -33,7 +33,6 @@ def explain_error(error):
     if isinstance(error, OSError) and error.errno is not None and not connection_lost:
         return _explain_os_error(error)
 
-    # torch's classes are compared by name, so that commands without torch need not import it.
     is_runtime_error = isinstance(error, RuntimeError)
     if is_out_of_memory(error):
         return ("out of memory: lower --valid_batch_size; in training also lower --batch_size "
@@ -55,7 +54,8 @@ def explain_error(error):
 
 def is_out_of_memory(error):
     """Return whether an exception says that the device or the machine has too little memory."""
-    # The messages of CUDA and MPS, of CUDA's libraries, and of the CPU allocator.
+    # The messages of CUDA and MPS, of CUDA's libraries, and of the CPU allocator. torch's class is
+    # compared by its name: commands without torch need not import it.
     words = "out of memory", "ALLOC_FAILED", "can't allocate memory"
     return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words))

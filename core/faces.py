@@ -37,7 +37,7 @@ def find_detector():
 
 
 def check_detector(file):
-    """InputError if a file is not a face detector that OpenCV can use."""
+    """Raise InputError if a file is not a face detector that OpenCV can use."""
     try:
         find_faces(np.zeros((64, 64, 3), np.uint8), file)
     except OSError as error:
@@ -69,8 +69,8 @@ def find_faces(pixels, file, long_sides=LONG_SIDES):
     Args:
         pixels: uint8 array (H, W, 3), RGB.
         file: the detector's file.
-        long_sides: ascending; the photo is looked at with its long side at the first of them, and
-            at each of the others for which it need not be enlarged (or else at its own size).
+        long_sides: ascending, in pixels. The detector runs on the photo with its long side at each
+            of them, or at the photo's own size where that is smaller. Only the first one enlarges.
 
     Returns:
         float array (N, 5), from left to right: box and score; N is at most 100.
@@ -90,12 +90,12 @@ def find_faces(pixels, file, long_sides=LONG_SIDES):
             # Of its 15 numbers: box, ten for eyes, nose and mouth, score.
             found.append(faces[:, [0, 1, 2, 3, 14]] * ([own / side] * 4 + [1]))
     faces = np.concatenate(found) if found else np.empty((0, 5))
-    faces = _without_repeated(faces[np.argsort(-faces[:, 4], kind="stable")])[:MAX_FACES]
+    faces = _non_maximum_suppression(faces[np.argsort(-faces[:, 4], kind="stable")])[:MAX_FACES]
     return faces[np.argsort(faces[:, 0], kind="stable")]
 
 
-def _without_repeated(faces):
-    """Drop a box if half of it, or of a better box, is shared by the two.
+def _non_maximum_suppression(faces):
+    """Drop a box that shares more than half of the smaller area with a better box.
 
     A face is found at several sizes, and at large sizes parts of it are taken for faces.
     """

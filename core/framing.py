@@ -96,7 +96,8 @@ def choose_framings(face, face_model, is_eval, configs):
         configs: from `checkpoint.read_config`, one for each member.
 
     Returns:
-        (detector's file, the members' framings, ""), or (None, a list of None, why not in words).
+        (detector's file, the members' framings, ""), or (None, a list of None, why not in words; ""
+        if nobody asked for faces).
 
     Raises:
         InputError: if `face` is True and it is not possible, or the detector cannot be used.
@@ -104,7 +105,7 @@ def choose_framings(face, face_model, is_eval, configs):
     nothing = [None] * len(configs)
     if face is False or (is_eval and not face):
         return None, nothing, ""
-    file, reason = face_model or find_detector(), ""
+    file = face_model or find_detector()
     if is_eval:
         reason = "photos of an eval part are framed like the training photos; drop --face"
     elif not file:
@@ -163,7 +164,8 @@ class FramedPhotos(Dataset):
     """Photos as (image,): uint8 tensor (height, width, 3), RGB, framed around a face.
 
     Args:
-        photos: a table with path; with that of `find_all_faces`, a photo is framed around its box.
+        photos: a table with path. Rows of `find_all_faces` also have a box: such a photo is framed
+            around it.
         crop_resize: the `CropResize`, applied to the framed photo, or to a whole photo without a
             box.
         framing: the framing of the training photos; None without boxes.
@@ -182,10 +184,10 @@ class FramedPhotos(Dataset):
         if np.isnan(box[0]):
             pixels = read_image(path, self.crop_resize.min_size)
         else:
-            pixels = frame(_read_again(path), box, self.framing)
+            pixels = frame(_read_cached(path), box, self.framing)
         return (torch.from_numpy(self.crop_resize(pixels)),)
 
 
 @functools.lru_cache(maxsize=1)  # the faces of one photo follow each other
-def _read_again(path):
+def _read_cached(path):
     return read_image(path)

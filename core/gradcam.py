@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 @torch.enable_grad()
 def grad_cam(model, image, label):
-    """Return how much each place of a photo speaks for a class.
+    """Return how much each place of a photo supports a class.
 
     The feature maps of a layer are weighted by the mean gradient of the class's logit, summed, and
     cut off below 0. The layer is the last one with a height and width on which the logit depends:

@@ -79,7 +79,7 @@ SIGNATURES = [
 
 
 def read_image(path, min_size=(math.inf, math.inf)):
-    """Decode a photo to upright RGB: grayscale, palette, alpha, CMYK, 16-bit, float alike.
+    """Decode a photo of any mode (grayscale, palette, alpha, CMYK, 16-bit, float) to upright RGB.
 
     Transparent photos are laid on white. A photo whose damage the decoder repairs is used, and
     named in a warning.
@@ -104,6 +104,7 @@ def read_image(path, min_size=(math.inf, math.inf)):
 
 @functools.cache
 def _warn_once(path, damage):
+    # Errors are logged by all processes, and only the one that decodes the photo knows.
     log.error(f"warning: {path}: damaged ({damage}), used as far as it can be decoded; restore it, "
               f"or leave it out with --on_bad_image skip")
 
@@ -187,8 +188,8 @@ def _decode_jpeg(data, flags):
 def _with_stderr(function, *args):
     """Call a function of a C library; return (its result, what it printed to stderr).
 
-    libjpeg and libtiff tell of damage only on stderr, without the name of the photo. This is for
-    processes that decode in one thread: what another thread prints meanwhile is taken for theirs.
+    libjpeg and libtiff report damage only on stderr, without the name of the photo. Use it only in
+    processes that decode in one thread: what other threads print would be attributed to the photo.
     """
     try:
         (reader, writer), stderr = _pipe(os.getpid()), os.dup(2)
@@ -208,7 +209,7 @@ def _with_stderr(function, *args):
 
 
 @functools.lru_cache(maxsize=1)
-def _pipe(pid):  # one for each process
+def _pipe(pid):  # a forked process has another pid, and gets a pipe of its own
     ends = os.pipe()
     for end in ends:
         os.set_blocking(end, False)
@@ -365,7 +366,7 @@ def check_images(paths):
         is damaged, or ""), size ("384 x 512", width x height), mode (Pillow's name), and digest
         (SHA-256 of the upright RGB pixels; "" for a photo with an error).
     """
-    # Processes: `_decode_jpeg` is not for threads.
+    # Processes, not threads: `_with_stderr` redirects the stderr of the whole process.
     workers = min(cpu_count(), len(paths) // 32)
     with ProcessPoolExecutor(max(workers, 1), initializer=end_with_parent) as pool:
         results = pool.map(_check_image, paths, chunksize=8) if workers > 1 else map(
@@ -375,7 +376,7 @@ def check_images(paths):
 
 
 def end_with_parent():
-    """Initialize a worker of a pool: without it, it outlives a parent that is killed."""
+    """Initialize a worker of a pool so that it ends when its parent is killed."""
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)

@@ -165,7 +165,7 @@ def read_eval(data_dir, require_all=True):
 
 
 def _normalized(name):
-    # macOS stores names with their accents, and Korean syllables, taken apart.
+    # macOS stores names decomposed (NFD): accents and Korean syllables in parts.
     return unicodedata.normalize("NFC", str(name)).strip()
 
 

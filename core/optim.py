@@ -26,9 +26,8 @@ def create_optimizer(model, name, lr, weight_decay):
 def default_rate(rate, photos_per_step):
     """Return the default peak rate for a number of photos per step.
 
-    It grows with the square root of that number, as the noise of Adam's steps asks for (Malladi et
-    al. 2022, On the SDEs and Scaling Rules for Adaptive Gradient Algorithms). Three digits are
-    kept.
+    It grows with the square root of that number, the scaling rule for Adam (Malladi et al. 2022,
+    On the SDEs and Scaling Rules for Adaptive Gradient Algorithms). Three digits are kept.
 
     Args:
         rate: the rate for 16 photos per step.
@@ -38,10 +37,10 @@ def default_rate(rate, photos_per_step):
 
 
 def learning_rate(step, total_steps, peak, warmup):
-    """Return the learning rate of a step: linear warm-up, then half a cosine to 0.
+    """Return the learning rate of a step: linear warm-up, then half a cosine to almost 0.
 
-    A function of the step alone, so that resuming has nothing to restore (Loshchilov & Hutter
-    2017, SGDR).
+    The cosine is that of SGDR (Loshchilov & Hutter 2017). The rate depends on the step only, so
+    resuming restores nothing.
 
     Args:
         step: 1 .. total_steps.

@@ -116,7 +116,9 @@ def save_inputs_sheet(dataset, sampler, path, count=24):
 
 
 def save_mistakes_sheet(predictions, paths, path, count=24):
-    """Write a sheet of the photos whose true class got the lowest probability.
+    """Write a sheet of the wrong predictions whose true class got the lowest probability.
+
+    Nothing is written if all predictions are right.
 
     Args:
         predictions: table with ImageID, label, ans and p0..p17, one row per photo.

@@ -24,7 +24,7 @@ CARD_INTERVAL = 60  # seconds between two cards of a run, so that they take litt
 VALID_METRICS = ("log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "age_f1")
 
 
-def describe_data(train_photos, valid_photos, class_weight):
+def log_data(train_photos, valid_photos, class_weight):
     """Log the size of training and validation, the class counts and the class weights."""
     for name, photos in [("training", train_photos), ("validation", valid_photos)]:
         log.info(f"{name}: people {photos.person.nunique()}, photos {len(photos)}")
@@ -37,7 +37,7 @@ def describe_data(train_photos, valid_photos, class_weight):
         log.warning(f"warning: no training photo of {missing}")
 
 
-def describe_run(args, model, device, total_steps):
+def log_run(args, model, device, total_steps):
     """Log what the flags mean for this run."""
     parameters = sum(p.numel() for p in model.parameters())
     log.info(f"model: {args.model}, {parameters / 1e6:.1f} M parameters, weights {args.weights}, "
@@ -58,8 +58,7 @@ class Reporter:
         state: the `TrainerState`, which the training loop updates.
         total_steps: steps of the whole run.
         train_photos, valid_photos: the tables of the photos; there may be no validation photos.
-        summarize: function of (labels, predictions, people) that returns macro F1 and the bounds
-            of its 95 % interval.
+        summarize: `f1.summarize`, which core/ does not import.
     """
 
     def __init__(self, output_dir, state, total_steps, train_photos, valid_photos, summarize):

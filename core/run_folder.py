@@ -73,7 +73,7 @@ def run_files(output_dir):
 
 
 def open_output_dir(output_dir, resume, overwrite, argv):
-    """Create and lock the results folder, and empty it if asked to.
+    """Create and lock the results folder; with --overwrite, delete its old run.
 
     Returns:
         The lock: an open file. Closing it, or the end of the process, releases the lock.
@@ -107,7 +107,9 @@ def open_output_dir(output_dir, resume, overwrite, argv):
 
 
 def open_run(args, state, argv):
-    """Lock the results folder in process 0; with --resume, all load the last checkpoint's state.
+    """Lock the results folder in process 0; with --resume, load the last checkpoint in all.
+
+    It fills `state`, and sets args.weights to those that the run started from.
 
     Args:
         args, argv: the flags, parsed and as given.
@@ -142,7 +144,7 @@ def last_step(state, total_steps, patience):
 
 
 def recorded_flags(args):
-    """Return the flags that a resumed run may not change, by name."""
+    """Return the flags that trainer_state.json records; `resume_run` compares most of them."""
     return {name: value for name, value in sorted(vars(args).items()) if name not in RESUMABLE}
 
 

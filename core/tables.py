@@ -11,7 +11,7 @@ csv.field_size_limit(2**31 - 1)  # a cell of a column that is not needed may be 
 
 
 def read_table(path, columns, key=None):
-    """Read a csv file, as text: no value is taken for a number or for missing.
+    """Read a csv file as text: values such as 007 or NA stay strings.
 
     Commas, semicolons and tabs separate columns; UTF-8 and UTF-16 are read; rows without any value
     are skipped.
@@ -27,7 +27,7 @@ def read_table(path, columns, key=None):
     Raises:
         InputError: if the file is not a csv file, has no rows, or breaks one of these rules.
     """
-    expected = ",".join(columns) or "any"
+    expected = f"columns {','.join(columns)}" if columns else "a csv file"
     try:
         data = Path(path).read_bytes()
         is_utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -38,11 +38,10 @@ def read_table(path, columns, key=None):
                          ) from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not a csv text file in UTF-8 ({as_one_line(error)}); save it as "
-                         f"CSV UTF-8; expected columns {expected}") from None
+                         f"CSV UTF-8; expected {expected}") from None
     except csv.Error as error:
-        raise InputError(f"{path}: not a csv text file ({error}); expected columns {expected}"
-                         ) from None
-    except ValueError as error:
+        raise InputError(f"{path}: not a csv text file ({error}); expected {expected}") from None
+    except ValueError as error:  # its message starts with ": " or ", line N: "
         raise InputError(f"{path}{as_one_line(error)}; expected {expected}") from None
     if not rows:
         raise InputError(f"{path}: no rows; expected at least one below the column names")

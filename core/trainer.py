@@ -25,7 +25,10 @@ class LossHistory:
         self.pending.append(loss)
 
     def fetch(self, step, lr):
-        """Copy the losses up to `step` from the device; InputError if one is not finite."""
+        """Copy the losses up to `step` from the device, averaged over the processes.
+
+        All processes must call it. Raises InputError if a loss is not finite.
+        """
         if not self.pending:
             return
         new = distributed.all_reduce_mean(torch.stack(self.pending)).tolist()
@@ -49,8 +52,8 @@ class LossHistory:
 class WeightAverage(ModelEmaV3):
     """timm's moving average of the weights, whose decay rises during the first steps.
 
-    `update` gives the same result from lists of tensors that are made once; timm's walks through
-    all modules of both models in each step.
+    timm's `update` lists the tensors of all modules in each step; this one lists them once and
+    gives the same result.
 
     Args:
         model: the model, on its device.
@@ -122,22 +125,23 @@ class Trainer:
 
 @contextlib.contextmanager
 def explain_out_of_memory(batch_size, accumulation_steps):
-    """Turn an out-of-memory error into an InputError with flags that need half of the memory."""
+    """Turn an out-of-memory error into an InputError with flags that need less memory."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         half, processes = batch_size // 2, distributed.world_size()
-        flags = f"--batch_size {half} --accumulation_steps {2 * accumulation_steps}"
+        remedy = (f"--batch_size {half} --accumulation_steps {2 * accumulation_steps}, which needs "
+                  f"about half of the memory")
         if half < 2 * processes or half % processes or batch_size % 2:
-            flags = "a smaller --resize"
-        raise InputError(f"out of memory with --batch_size {batch_size}: pass {flags}, which needs "
-                         f"about half of the memory, or another --model") from None
+            remedy = "a smaller --resize"
+        raise InputError(f"out of memory with --batch_size {batch_size}: pass {remedy}, or another "
+                         f"--model") from None
 
 
 def check_finite(model, step, lr):
-    """Check the weights, whose last update no loss has seen yet; InputError if not finite."""
+    """Raise InputError if a weight is not finite: no loss has covered the last update yet."""
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not value.isfinite().all():
             raise not_finite(f"{name} after step {step}", lr)

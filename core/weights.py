@@ -87,7 +87,7 @@ def hub_access(needed):
     """If the hub cannot be reached, do not ask it: its client would try for most of a minute."""
     before = huggingface_hub.constants.HF_HUB_OFFLINE
     verbosity = huggingface_hub.logging.get_verbosity()
-    huggingface_hub.logging.set_verbosity_error()  # not a line for each time that it tries
+    huggingface_hub.logging.set_verbosity_error()  # hide its retry messages
     if needed:
         log.info("loading ImageNet weights, from the hub if they are not downloaded yet")
         if not is_reachable(huggingface_hub.constants.ENDPOINT):

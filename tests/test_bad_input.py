@@ -89,7 +89,7 @@ def spoil_no_csv(root):
 def spoil_column(root):
     csv = root / "train" / "train.csv"
     pd.read_csv(csv).drop(columns="gender").to_csv(csv, index=False)
-    return root, ["train.csv", "no column 'gender'", "expected gender,age,path"]
+    return root, ["train.csv", "no column 'gender'", "expected columns gender,age,path"]
 
 
 def spoil_text(root):
@@ -219,7 +219,7 @@ def test_a_repeated_image_id_or_a_missing_photo_is_named(copy, command, trained,
 @pytest.mark.parametrize(("flags", "parts"), [
     (["--data_dir", "nowhere"], ["--data_dir nowhere", "no such file or folder"]),
     (["--data_dir", "empty"], ["--data_dir empty", "no images in it", "expected .jpg"]),
-    (["--data_dir", ""], ["--data_dir: is empty", "pass a value, or leave the flag out"]),
+    (["--data_dir", ""], ["argument --data_dir: is empty", "pass a value"]),
     (["--output", "no/such/folder.csv"], ["no/such/folder.csv", "its folder does not exist"]),
     (["--output", "empty"], ["empty: is a folder", "expected the name of a file to write"]),
     (["--model_weights", "1", "2"], ["--model_weights 1.0 2.0", "expected one number"]),
@@ -395,7 +395,7 @@ def test_resume_with_another_architecture_under_the_same_name(command, trained, 
     (["--device", "cuda:9"], ["--device cuda:9", "not available", "--device auto"]),
     (["--device", "gpu"], ["--device gpu", "expected auto"]),
     (["--weights", "nothing.pth"], ["--weights nothing.pth", "no such file", "expected imagenet"]),
-    (["--data_dir", ""], ["--data_dir: is empty", "pass a value, or leave the flag out"]),
+    (["--data_dir", ""], ["argument --data_dir: is empty", "pass a value"]),
     (["--output_dir", "taken"], ["--output_dir taken", "is a file", "expected a folder"]),
     # Flags that contradict each other.
     (["--model", "vgg11", "--resize", "24", "24"], ["--model vgg11", "24 x 24", "--resize"]),
@@ -496,8 +496,9 @@ def test_a_results_folder_in_use_is_refused_until_it_is_free(command, dataset, t
     ("ImageID,ans\na,18\n", ["s.csv", "ans '18' of a", "expected an integer 0..17"]),
     ("ImageID,ans\na,1.0\n", ["s.csv", "ans '1.0' of a", "expected an integer 0..17"]),
     ("ImageID,ans\nc,1\n", ["s.csv", "1 ImageIDs are not in a.csv, such as c", "expected"]),
-    ("id,ans\na,1\n", ["s.csv", "no column 'ImageID'", "found id,ans", "expected ImageID,ans"]),
-    ("", ["s.csv", "not a csv text file", "expected ImageID,ans"]),
+    ("id,ans\na,1\n", ["s.csv", "no column 'ImageID'", "found id,ans",
+                       "expected columns ImageID,ans"]),
+    ("", ["s.csv", "not a csv text file", "expected columns ImageID,ans"]),
     (None, ["s.csv", "cannot be read", "expected a csv file"]),
 ])
 def test_a_bad_submission_is_not_scored(command, tmp_path, submission, parts):

@@ -111,7 +111,7 @@ def test_folds_are_pooled_and_compared_on_the_same_people(command, tmp_path):
     result = command("f1", "a-0", "a-1", "--against", "b-0", "b-1")
     assert result.returncode == 0, result.stderr
     assert f"macro F1 {scores['a']:.4f}" in result.stdout and "over 8 people" in result.stdout
-    assert f"gain over b-0: {scores['a'] - scores['b']:+.4f}" in result.stdout
+    assert f"gain over b-0 b-1: {scores['a'] - scores['b']:+.4f}" in result.stdout
     result = command("f1", "a-0", "a-0")
     assert result.returncode == 2 and "was also held out in another" in result.stderr
     result = command("f1", "a-0", "--against", "b-1")

@@ -139,7 +139,7 @@ def test_framing_looks_at_all_kinds_of_training_photos(monkeypatch, pink_detecto
 def test_a_face_that_is_found_twice_and_parts_of_it_are_one_face():
     faces = np.array([[10, 10, 40, 40, 0.9], [14, 12, 40, 40, 0.8], [15, 15, 10, 10, 0.7],
                       [40, 10, 40, 40, 0.65], [100, 10, 40, 40, 0.6]])
-    assert core.faces._without_repeated(faces)[:, 4].tolist() == [0.9, 0.65, 0.6]
+    assert core.faces._non_maximum_suppression(faces)[:, 4].tolist() == [0.9, 0.65, 0.6]
 
 
 def test_training_records_the_framing_and_a_resumed_run_keeps_it(

@@ -45,7 +45,7 @@ def read_parts(data_dir):
 
 
 def find_repeated(photos):
-    """Return a line for each photo that occurs before with another person, label or part."""
+    """Return a line for each photo whose earlier copy has another person, label or part."""
     first, lines = {}, []
     for photo in photos[photos.digest != ""].itertuples():
         before = first.setdefault(photo.digest, photo)

@@ -57,8 +57,8 @@ def vote_over_files(paths, output):
 def majority_vote(answers):
     """Return (the class (N,) with the most votes, number of ties); answers (K, N) of 0..17.
 
-    In a tie mask, gender and age are voted on separately. In a tie there, the first member decides
-    that voted for one of the tied values.
+    In a tie mask, gender and age are voted on separately. In a tie there, the first member that
+    voted for one of the tied values decides.
     """
     def vote(values, size):
         counts = (values[..., None] == np.arange(size)).sum(axis=0)  # (N, size)
@@ -86,7 +86,7 @@ def weigh_runs(members):
     labels, people = truth.label.to_numpy(), truth.person.to_numpy()
     likelihood = probabilities[:, np.arange(len(labels)), labels]
     weights = mixture_weights(likelihood)
-    vote = np.tensordot(weights, probabilities, 1).argmax(axis=1)
+    mean_answers = np.tensordot(weights, probabilities, 1).argmax(axis=1)
     answers = probabilities.argmax(axis=2)
     scores = [macro_f1(labels, answer) for answer in answers]
 
@@ -95,13 +95,13 @@ def weigh_runs(members):
     print(pd.DataFrame({
         "member": members, "weight": weights, "macro F1": scores,
         "log loss": -np.log(np.maximum(likelihood, 1e-12)).mean(axis=1),
-        "differs from the vote": (answers != vote).mean(axis=1),
+        "differs from the mean": (answers != mean_answers).mean(axis=1),
     }).to_string(index=False, float_format="{:.4f}".format))
     print_differences(members, answers)
 
-    # The vote, compared with the best member on the same people.
+    # The weighted mean, compared with the best member on the same people.
     best = answers[np.argmax(scores)]
-    cross_fitted = cross_fitted_vote(probabilities, labels, people)
+    cross_fitted = cross_fitted_mean(probabilities, labels, people)
     for name, predictions in [
         ("equal weights", probabilities.mean(axis=0).argmax(axis=1)),
         ("these weights, fitted without the people they are scored on", cross_fitted),
@@ -136,8 +136,8 @@ def mixture_weights(likelihood, num_steps=1000):
     return weights
 
 
-def cross_fitted_vote(probabilities, labels, people, num_groups=5):
-    """Return the classes (N,) of the weighted vote; weights for each fifth of the people are
+def cross_fitted_mean(probabilities, labels, people, num_groups=5):
+    """Return the classes (N,) of the weighted mean; the weights for each fifth of the people are
     fitted on the other people.
     """
     group = np.unique(people, return_inverse=True)[1] % num_groups
