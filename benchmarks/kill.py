@@ -49,29 +49,34 @@ def main(argv=None):
         kills, runs, wrong = Counter(), 0, 0
         while kills.total() < args.kills:
             runs += 1
-            attempts = 0
-            while True:
-                attempts += 1
-                started = time.perf_counter()
-                process, log = start(folder, f"run-{runs}", int(rng.integers(3)))
-                wait_for_first_step(log, process, started)
-                delay = rng.uniform(0, duration - startup)
-                try:
-                    process.wait(delay)
-                    break
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-                    kills[moment(folder / f"run-{runs}", log.read_text())] += 1
-            assert process.returncode == 0, log.read_text()
+            before = kills.total()
+            run_with_kills(folder, f"run-{runs}", duration - startup, rng, kills)
             is_same = final_files(folder / f"run-{runs}") == expected
             wrong += not is_same
-            print(f"run {runs}: {attempts - 1} kills, {'same' if is_same else 'DIFFERENT'} bytes; "
-                  f"{kills.total()} kills so far", flush=True)
+            print(f"run {runs}: {kills.total() - before} kills, "
+                  f"{'same' if is_same else 'DIFFERENT'} bytes; {kills.total()} kills so far",
+                  flush=True)
     moments = ", ".join(f"{count} {name}" for name, count in kills.most_common())
     print(f"{kills.total()} kills in {runs} runs ({moments}); {runs - wrong} of {runs} runs ended "
           f"with the same bytes as the undisturbed run")
     sys.exit(wrong > 0)
+
+
+def run_with_kills(folder, name, seconds, rng, kills):
+    """Start a run, kill it within `seconds` of its first step and resume it, until it is complete.
+
+    Each kill is counted in `kills`, by what the run was doing.
+    """
+    while True:
+        process, log = start(folder, name, int(rng.integers(3)))
+        wait_for_first_step(log, process, time.perf_counter())
+        try:
+            assert process.wait(rng.uniform(0, seconds)) == 0, log.read_text()
+            return
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills[moment(folder / name, log.read_text())] += 1
 
 
 def start(folder, name, num_workers, flags=FLAGS):
