@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with P
 
 from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
-from core.evaluation import draw_people
+from core.evaluation import describe_interval, draw_people
 from core.labels import ATTRIBUTES, CLASS_NAMES, NUM_CLASSES, PROBABILITIES, decode
 from core.tables import read_table
 
@@ -94,7 +94,11 @@ def _drawn_macro_f1(labels, predictions, person, times_drawn):
     np.add.at(counts[1], (person, predictions), 1)
     np.add.at(counts[2], (person[hits], labels[hits]), 1)
     truths, guesses, hits = times_drawn @ counts
-    return (2 * hits / np.maximum(truths + guesses, 1)).mean(axis=1)
+    # A class of which a draw has no photo would count 0, however good the predictions are: leave
+    # it out of the mean of that draw. A class of which there is no photo at all does count 0.
+    scores = np.where(truths > 0, 2 * hits / np.maximum(truths + guesses, 1), 0)
+    num_classes = len(np.unique(labels))
+    return scores.sum(axis=1) / (truths > 0).sum(axis=1) * num_classes / NUM_CLASSES
 
 
 def image_ids(photos):
@@ -127,13 +131,9 @@ def score(predictions):
 def report(labels, predictions, people=None):
     """Return a text: macro F1 with its interval, accuracy, F1 per attribute and per class."""
     labels, predictions = np.asarray(labels), np.asarray(predictions)
-    unit = "people"
-    if people is None:
-        unit = "photos (no person column: too narrow if people have several photos)"
-        people = np.arange(len(labels))
+    people, number, unit = _units(people, labels)
     f1, low, high = summarize(labels, predictions, people)
-    lines = [f"macro F1 {f1:.4f}   95 % interval {low:.4f} .. {high:.4f} over "
-             f"{len(set(people))} {unit}",
+    lines = [f"macro F1 {f1:.4f}   {describe_interval(low, high, number, unit)}",
              f"accuracy {(labels == predictions).mean():.2%} of {len(labels)} photos", ""]
     # One line per attribute.
     parts = zip(ATTRIBUTES.items(), decode(labels), decode(predictions), strict=True)
@@ -151,6 +151,14 @@ def report(labels, predictions, people=None):
         lines.append(f"{label:2d} {CLASS_NAMES[label]:<26s} {(labels == label).sum():6d} "
                      f"{(predictions == label).sum():9d} {f1:6.3f}   {confusion}".rstrip())
     return "\n".join(lines)
+
+
+def _units(people, labels):
+    """Return (what a bootstrap draws, their number, their name): people, or photos without them."""
+    if people is None:
+        unit = "photos (no person column: too narrow if people have several photos)"
+        return np.arange(len(labels)), len(labels), unit
+    return people, len(set(people)), "people"
 
 
 def match(submission_path, answers_path):
@@ -175,9 +183,13 @@ def read_answers(path):
     """Return the column `ans` (int) of a submission or answer file, indexed by ImageID.
 
     Raises:
-        InputError: for a missing column, a repeated ImageID, or an ans that is not 0..17.
+        InputError: for a missing column, a repeated ImageID, an ans that is not 0..17, or a row
+            without a value in the column person, if there is one.
     """
-    table = read_table(path, ["ImageID", "ans"], key="ImageID")
+    columns = ["ImageID", "ans"]
+    table = read_table(path, columns, key="ImageID")
+    if "person" in table.columns:
+        table = read_table(path, [*columns, "person"])
     return _classes_as_int(table, "ans", path).set_index("ImageID")
 
 
@@ -242,18 +254,27 @@ def compare(table, other, name):
     """Return a line: the gain in macro F1 over other predictions, with its paired interval.
 
     Raises:
-        InputError: if the other predictions are for other photos.
+        InputError: if the other predictions are for other photos, or have other labels.
     """
     if set(other.index) != set(table.index):
         raise InputError(f"--against {name}: predicts other photos ({len(other)} and "
                          f"{len(table)}); expected runs with the same data, --seed and --n_folds "
                          f"or --val_ratio")
-    baseline = other["ans"].reindex(table.index)
-    people = table.get("person", pd.Series(table.index))
-    low, high = bootstrap_interval(table.label, table["ans"], people, baseline)
-    gain = macro_f1(table.label, table["ans"]) - macro_f1(table.label, baseline)
-    return (f"\ngain over {name}: {gain:+.4f}   95 % interval {low:+.4f} .. {high:+.4f}, paired "
-            f"over {people.nunique()} people")
+    other = other.reindex(table.index)
+    check_same_labels(f"--against {name}", table.label, other.label)
+    people, number, unit = _units(table.get("person"), table)
+    low, high = bootstrap_interval(table.label, table["ans"], people, other["ans"])
+    gain = macro_f1(table.label, table["ans"]) - macro_f1(table.label, other["ans"])
+    interval = describe_interval(low, high, number, unit, sign="+")
+    return f"\ngain over {name}: {gain:+.4f}   {interval} (paired)"
+
+
+def check_same_labels(name, labels, others):
+    """Raise InputError if two Series of labels, with the same index, differ."""
+    differ = labels.index[labels != others]
+    if len(differ):
+        raise InputError(f"{name}: {len(differ)} photos have another label there, such as "
+                         f"{differ[0]}; expected runs with the same train.csv and --fix_labels")
 
 
 def parse_args(argv=None):

@@ -94,7 +94,7 @@ class SoftF1Loss(nn.Module):
 
     def forward(self, logits, targets):
         p = logits.softmax(dim=1)
-        f1 = 2 * (p * targets).sum(0) / (p.sum(0) + targets.sum(0))
+        f1 = 2 * (p * targets).sum(0) / (p.sum(0) + targets.sum(0)).clamp_min(1e-12)
         present = (targets.sum(0) > 0.5).to(p.dtype)
         return 1 - (f1 * present).sum() / present.sum().clamp_min(1)
 

@@ -127,7 +127,6 @@ def main(argv=None):
 
     log_data(train_photos, valid_photos, class_weight)
     log_run(args, trainer.model, device, total_steps)
-    reporter = Reporter(output_dir, state, total_steps, train_photos, valid_photos, summarize)
     if distributed.rank() == 0:
         run_folder.write_args(args)
         save_inputs_sheet(train_set, sampler, output_dir / "augmented_inputs.png")
@@ -139,6 +138,7 @@ def main(argv=None):
     workers = choose_workers(args.num_workers, device)
     batches = iter(create_train_loader(train_set, sampler, start, stop, workers, device))
     valid_loader = create_eval_loader(valid_set, args.valid_batch_size, workers, device)
+    reporter = Reporter(output_dir, state, total_steps, train_photos, valid_photos, summarize)
     trainer.model.train()
     for step in range(state.step + 1, total_steps + 1):
         lr = learning_rate(step, total_steps, args.lr, args.warmup)
@@ -180,7 +180,7 @@ def main(argv=None):
             # Wait for all processes: torchrun kills the others when the first one exits.
             distributed.all_gather_object(None)
             sys.exit(128 + signal_number)
-        if run_folder.is_exhausted(state, args.patience):
+        if run_folder.is_exhausted(state, args.patience) and step < total_steps:
             log.info(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
 

@@ -96,7 +96,10 @@ def describe_scores(folder, state, predictions, scores):
     right["all three"] = (truth == guess).all(axis=0)
     rates = bootstrap_rates({name: (right[name], np.full(len(predictions), True))
                              for name in right}, predictions.person)
-    rows = [["macro F1 over 18 classes", "{:.3f} ({:.3f} .. {:.3f})".format(*scores)],
+    score, low, high = scores
+    has_interval = predictions.person.nunique() >= MIN_PEOPLE
+    macro_f1 = f"{score:.3f} ({low:.3f} .. {high:.3f})" if has_interval else f"{score:.3f}"
+    rows = [["macro F1 over 18 classes", macro_f1],
             *([f"accuracy: {name}", text] for name, text in rates.text.items())]
     return f"""\
 ## Results

@@ -145,7 +145,7 @@ def save_checkpoint(output_dir, model, config, state, predictions, training_stat
         write_json(temporary / "trainer_state.json", asdict(state))
         if predictions is not None:
             predictions.to_csv(temporary / "valid_predictions.csv", index=False,
-                               float_format="%.6f")
+                               float_format="%.6g")
         _save_tensors(training_state, temporary / "training_state.pt")
     return folder
 

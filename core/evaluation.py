@@ -49,6 +49,13 @@ def bootstrap_rates(groups, people, num_draws=2000, seed=0):
                               for rate, pair in zip(rates, bounds, strict=True)])
 
 
+def describe_interval(low, high, number, unit="people", sign=""):
+    """Return a 95 % interval over `number` people in words; without bounds below MIN_PEOPLE."""
+    if number < MIN_PEOPLE:
+        return f"no interval: {number} {unit} are too few"
+    return f"95 % interval {low:{sign}.4f} .. {high:{sign}.4f} over {number} {unit}"
+
+
 def format_interval(value, low=None, high=None):
     """Return a number and, if it has one, its interval as text."""
     return f"{value:.2f}" if low is None else f"{value:.2f} ({low:.2f} .. {high:.2f})"

@@ -13,6 +13,7 @@ from core.card import write_card
 from core.checkpoint import find_checkpoint, step_of
 from core.cli import script
 from core.errors import as_one_line
+from core.evaluation import describe_interval
 from core.files import write_atomically
 from core.labels import CLASS_NAMES, NUM_CLASSES, PROBABILITIES
 from core.plots import save_confusion_matrix, save_mistakes_sheet
@@ -26,15 +27,18 @@ VALID_METRICS = ("log_loss", "macro_f1", "accuracy", "mask_f1", "gender_f1", "ag
 
 def log_data(train_photos, valid_photos, class_weight):
     """Log the size of training and validation, the class counts and the class weights."""
-    for name, photos in [("training", train_photos), ("validation", valid_photos)]:
+    parts = {"training": train_photos, "validation": valid_photos}
+    for name, photos in parts.items():
         log.info(f"{name}: people {photos.person.nunique()}, photos {len(photos)}")
     counts = np.bincount(train_photos.label, minlength=NUM_CLASSES)
     log.info(f"class counts: {' '.join(map(str, counts))}")
     if class_weight is not None:
         log.info(f"class weights: {' '.join(f'{w:.2f}' for w in class_weight.tolist())}")
-    if (counts == 0).any():
-        missing = ", ".join(CLASS_NAMES[label] for label in np.flatnonzero(counts == 0))
-        log.warning(f"warning: no training photo of {missing}")
+    for part, photos in parts.items():
+        missing = [name for label, name in enumerate(CLASS_NAMES) if label not in set(photos.label)]
+        if len(photos) and missing:
+            log.warning(f"warning: no {part} photo of {', '.join(missing)}: such a class counts 0 "
+                        f"in macro F1")
 
 
 def log_run(args, model, device, total_steps):
@@ -103,8 +107,8 @@ class Reporter:
     def log_evaluation(self, folder):
         """Report the newest evaluation: a log line, TensorBoard and log.jsonl.
 
-        For the best one also write figures and card, at most once a minute; `log_result` writes
-        them at the end.
+        Of the best one also keep the predictions in the results folder, and write figures and
+        card, at most once a minute; `log_result` writes these at the end.
         """
         self.restart_clock()
         if not self.is_main:
@@ -122,8 +126,11 @@ class Reporter:
                 self.writer.add_scalar(f"valid_class_f1/{name}", value, step)
         self.progress.clear()
         log.info(f"{line}  -> {folder}")
-        is_due = time.perf_counter() > self.card_time + CARD_INTERVAL
-        if is_due and step == self.state.best_step and step < self.total_steps:
+        if step != self.state.best_step:
+            return
+        if "macro_f1" in metrics:
+            self._keep_predictions(folder)
+        if time.perf_counter() > self.card_time + CARD_INTERVAL and step < self.total_steps:
             self._write_card(folder, self._read_best(folder))
             self.restart_clock()
 
@@ -146,11 +153,13 @@ class Reporter:
         self._write_log()
         result = self._read_best(best)
         if result:
+            self._keep_predictions(best)
             table, (score, low, high) = result
-            log.info(f"best macro F1 {score:.4f} at step {step_of(best)}, the best of "
-                     f"{len(self.state.history)} evaluations on {len(table)} photos of "
-                     f"{table.person.nunique()} people (95 % interval over people {low:.4f} .. "
-                     f"{high:.4f}; choosing the best makes it a little too high)")
+            evaluations = len(self.state.history)
+            chosen = (f", the best of {evaluations} evaluations (so it is a little too high)"
+                      if evaluations > 1 else "")
+            interval = describe_interval(low, high, table.person.nunique())
+            log.info(f"best macro F1 {score:.4f} at step {step_of(best)}{chosen}; {interval}")
         else:
             log.info(f"trained on everyone, without validation, for {self.state.step} steps")
         self._write_card(best, result)
@@ -166,13 +175,16 @@ class Reporter:
         labels, answers = table.label.to_numpy(), table["ans"].to_numpy()
         return table, self.summarize(labels, answers, table.person)
 
+    def _keep_predictions(self, folder):
+        # f1.py and tools.ensemble read this copy.
+        with write_atomically(self.output_dir / "valid_predictions.csv") as temporary:
+            shutil.copyfile(folder / "valid_predictions.csv", temporary)
+
     def _write_card(self, folder, result):
         """Write the figures and the card of the best checkpoint; `result` from `_read_best`."""
         try:
             if result:
                 table, _ = result
-                with write_atomically(self.output_dir / "valid_predictions.csv") as temporary:
-                    shutil.copyfile(folder / "valid_predictions.csv", temporary)
                 save_confusion_matrix(table.label, table["ans"],
                                       self.output_dir / "confusion_matrix.png")
                 save_mistakes_sheet(table, self.valid_photos.path,

@@ -30,7 +30,7 @@ def test_the_hub_reads_the_card_and_its_numbers_are_those_of_the_predictions(tra
     assert {result.metric_name: result.metric_value for result in card.data.eval_results} == (
         pytest.approx(expected, abs=1e-4))
     assert card.data.library_name == "timm"
-    assert f"| macro F1 over 18 classes | {expected['macro F1']:.3f} (" in card.text
+    assert f"| macro F1 over 18 classes | {expected['macro F1']:.3f} |" in card.text  # 5 people
     # A row for each group of people, and a column for each mask state and for all photos.
     person = predictions.groupby((labels // 3 % 2 == 1) & (labels % 3 == 0)).get_group(True)
     right = person.label == person["ans"]
@@ -83,6 +83,7 @@ def test_the_card_is_written_again_after_each_best_evaluation(dataset, tmp_path,
                 "--eval_steps", "3"])
     # Not after step 6, and the run did not stop for the error.
     assert written == [3, 9]
+    assert "no validation photo of wear, male, >=60, incorrect, male, >=60" in lines.pop(0)
     assert lines == [f"warning: {folder}: figures and README.md are incomplete (ValueError: bug in "
                      f"the card)"] * 2
 

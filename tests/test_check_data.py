@@ -41,7 +41,8 @@ def test_all_problems_are_named_in_one_run(command, copy):
     assert lines[-1] == ("188 photos: 2 cannot be decoded or are damaged, 3 occur again with "
                          "another person, label or part")
     assert "train: 168 photos of 24 people" in lines and "eval: 20 photos" in lines
-    assert "modes: RGB (185), ? (2), L (1)" in lines and "sizes: 24 x 32 (186), ? (2)" in lines
+    assert "width x height: 24 x 32 (186), ? (2)" in lines
+    assert "modes: RGB (185), ? (2), L (1)" in lines
 
 
 def test_any_photo_folder_can_be_checked_and_a_missing_one_is_named(command, copy):

@@ -26,6 +26,20 @@ def write_member(folder, labels, people, sharpness, rng):
     return p
 
 
+def test_members_with_one_person_or_with_other_labels_are_refused(command, tmp_path):
+    rng, labels = np.random.default_rng(0), np.arange(18)
+    write_member(tmp_path / "one", labels, ["p"] * 18, 3, rng)
+    result = command("tools.ensemble", "one", "one")
+    assert result.returncode == 2 and "error: one: its held-out photos show one" in result.stderr
+    write_member(tmp_path / "two", labels, list("pq") * 9, 3, rng)
+    result = command("tools.ensemble", "two", "two")  # a repeated member is not lost
+    assert "--model_dir two two --model_weights 0.5000 0.5000" in result.stdout
+    write_member(tmp_path / "other", labels[::-1], list("pq") * 9, 3, rng)
+    result = command("tools.ensemble", "two", "other")
+    assert result.returncode == 2
+    assert "error: other: 18 photos have another label there" in result.stderr
+
+
 def test_weights_agree_with_another_optimizer():
     likelihood = np.random.default_rng(0).beta(2, 2, (2, 500)) * [[1.0], [0.8]]
 

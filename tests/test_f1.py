@@ -3,8 +3,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from sklearn.metrics import f1_score
+from torch import nn
 
-from f1 import attribute_f1, bootstrap_interval, class_f1, macro_f1, report
+from core.checkpoint import TrainerState, save_checkpoint
+from core.errors import InputError
+from core.labels import PROBABILITIES
+from f1 import (
+    attribute_f1,
+    bootstrap_interval,
+    class_f1,
+    compare,
+    macro_f1,
+    read_answers,
+    report,
+    score,
+    summarize,
+)
 
 
 def test_macro_f1_by_hand():
@@ -81,24 +95,56 @@ def test_report_is_readable_and_rows_are_matched_by_id(command, tmp_path):
     (tmp_path / "a.csv").write_text("ImageID,ans,person\na.jpg,0,x\nb.jpg,1,x\nc.jpg,5,y\n")
     result = command("f1", "s.csv", "a.csv")
     assert result.returncode == 0, result.stderr
-    for text in (f"macro F1 {2 / 18:.4f}", "over 2 people", "66.67% of 3 photos",
-                 "wear, female, >=60", "wear, male, >=60 (1)"):
+    for text in (f"macro F1 {2 / 18:.4f}", "no interval: 2 people are too few",
+                 "66.67% of 3 photos", "wear, female, >=60", "wear, male, >=60 (1)"):
         assert text in result.stdout
 
 
 def test_report_says_that_its_interval_is_over_photos_if_the_people_are_unknown():
-    assert "over 2 photos (no person column" in report([0, 1], [0, 1])
+    labels = np.arange(18)
+    assert "over 18 photos (no person column" in report(labels, labels)
+    table = pd.DataFrame({"label": labels, "ans": labels})
+    assert "over 18 photos (no person column" in compare(table, table, "other.csv")
+
+
+def test_the_interval_of_perfect_predictions_does_not_hang_on_who_is_drawn():
+    """Half of the people are the only ones of their class: most draws lack some of them."""
+    labels = np.append(np.arange(15), np.zeros(15, int))
+    assert summarize(labels, labels, np.arange(30)) == pytest.approx((15 / 18,) * 3)
+
+
+def test_a_comparison_with_other_labels_is_refused():
+    table = pd.DataFrame({"label": [0, 1], "ans": [0, 1], "person": ["p", "q"]}, index=["a", "b"])
+    with pytest.raises(InputError, match=r"^--against x: 1 photos have another label there, such "
+                                         r"as b"):
+        compare(table, table.assign(label=[0, 2])[::-1], "x")
+
+
+def test_written_probabilities_give_the_same_log_loss(tmp_path):
+    """With six decimals 4e-7 would be 0, which counts 27.6."""
+    probabilities = np.array([[4e-7] + [(1 - 4e-7) / 17] * 17] * 2)
+    table = pd.DataFrame({"ImageID": ["a", "b"], "person": "p", "label": 0, "ans": 1}).join(
+        pd.DataFrame(probabilities, columns=PROBABILITIES))
+    folder = save_checkpoint(tmp_path, nn.Linear(1, 1), {}, TrainerState(), table, {})
+    written = pd.read_csv(folder / "valid_predictions.csv")
+    assert score(written)["log_loss"] == pytest.approx(-np.log(4e-7), abs=1e-4)
+
+
+def test_answers_with_a_row_without_a_person_are_refused(tmp_path):
+    (tmp_path / "a.csv").write_text("ImageID,ans,person\na,1,p\nb,2,\n")
+    with pytest.raises(InputError, match=r"a\.csv, line 3: no person"):
+        read_answers(tmp_path / "a.csv")
 
 
 def test_folds_are_pooled_and_compared_on_the_same_people(command, tmp_path):
     rng = np.random.default_rng(3)
     tables = {"a": [], "b": []}
     for fold in range(2):
-        labels = np.tile(np.arange(18), 4)
-        people = np.repeat([f"{fold}-{i}" for i in range(4)], 18)
+        labels = np.tile(np.arange(18), 6)
+        people = np.repeat([f"{fold}-{i}" for i in range(6)], 18)
         for run, wrong in [("a", 0.2), ("b", 0.4)]:
-            guesses = np.where(rng.random(72) < wrong, (labels + 1) % 18, labels)
-            ids = [f"{fold}-{i}.jpg" for i in range(72)]
+            guesses = np.where(rng.random(108) < wrong, (labels + 1) % 18, labels)
+            ids = [f"{fold}-{i}.jpg" for i in range(108)]
             table = pd.DataFrame({"ImageID": ids, "person": people, "label": labels,
                                   "ans": guesses})
             folder = tmp_path / f"{run}-{fold}"
@@ -110,7 +156,7 @@ def test_folds_are_pooled_and_compared_on_the_same_people(command, tmp_path):
     scores = {run: sklearn_macro_f1(table.label, table["ans"]) for run, table in pooled.items()}
     result = command("f1", "a-0", "a-1", "--against", "b-0", "b-1")
     assert result.returncode == 0, result.stderr
-    assert f"macro F1 {scores['a']:.4f}" in result.stdout and "over 8 people" in result.stdout
+    assert f"macro F1 {scores['a']:.4f}" in result.stdout and "over 12 people" in result.stdout
     assert f"gain over b-0 b-1: {scores['a'] - scores['b']:+.4f}" in result.stdout
     result = command("f1", "a-0", "a-0")
     assert result.returncode == 2 and "was also held out in another" in result.stderr

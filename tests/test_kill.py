@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import FAST, parse_printed, run_command, start_command
 
-from core.checkpoint import list_checkpoints
+from core.checkpoint import find_checkpoint, list_checkpoints
 from core.distributed import StopSignals
 from core.images import _with_stderr
 
@@ -102,6 +102,9 @@ def test_killed_between_two_checkpoints_with_loader_processes(dataset, tmp_path,
     code = interrupt(dataset, tmp_path, signal.SIGKILL, "--num_workers", "2", line="step 15/17")
     assert code == -signal.SIGKILL
     assert entries(tmp_path) == ["checkpoint-12", "checkpoint-6"]
+    # What f1.py reads is of the checkpoint that inference takes.
+    results, table = tmp_path / "results", "valid_predictions.csv"
+    assert (results / table).read_bytes() == (find_checkpoint(results) / table).read_bytes()
     out = resume(dataset, tmp_path, whole, "--num_workers", "1")
     assert "resuming from results/checkpoint-12" in out
 
@@ -182,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_deleted_and_passed_over(dataset, tmp_path
     damage(folder / name)
     (folder / "old.txt").write_text("")  # to see that the whole folder is deleted
     out = resume(dataset, tmp_path, whole)
-    warning, = re.findall(r"warning: .*", out)
+    warning, = re.findall(r"warning: results.*", out)
     assert warning.startswith(f"warning: results/checkpoint-17/{name}: ")
     assert "damaged" in warning or "incomplete" in warning
     assert warning.endswith("; training writes it again")

@@ -113,7 +113,7 @@ def test_a_run_whose_people_are_called_na_or_007_ends_with_its_report(command, c
     flags = ["--epochs", "1", "--val_ratio", "0.5", "--seed", "15"]
     result = command("train", "--data_dir", copy, *FAST, *flags)
     assert result.returncode == 0, result.stderr
-    assert "of 12 people (95 % interval" in result.stdout
+    assert "over 12 people" in result.stdout
     table = read_table(tmp_path / "results" / "valid_predictions.csv", [])
     assert set(table.person) >= {"NA", "null", "007", "1e5", "True"}
     # The score of one or more runs reads the names again.

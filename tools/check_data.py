@@ -62,11 +62,11 @@ def describe(photos):
     for part, table in photos.groupby("part", sort=False):
         people = f" of {table.person.nunique()} people" if part == "train" else ""
         lines.append(f"{part}: {len(table)} photos{people}")
-    for column in ["size", "mode"]:
+    for column, name in [("size", "width x height"), ("mode", "modes")]:
         counts = photos[column].value_counts()
-        shown = ", ".join(f"{name} ({count})" for name, count in counts.head(8).items())
+        shown = ", ".join(f"{value} ({count})" for value, count in counts.head(8).items())
         others = f" and {len(counts) - 8} others" if len(counts) > 8 else ""
-        lines.append(f"{column}s: {shown}{others}")
+        lines.append(f"{name}: {shown}{others}")
     if "label" in photos:
         counts = np.bincount(photos.label.dropna().astype(int), minlength=NUM_CLASSES)
         lines += [f"class {label:2d} {name:<26s} {counts[label]:6d}"

@@ -15,7 +15,7 @@ from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
 from core.files import check_output, write_atomically
 from core.labels import NUM_CLASSES, PROBABILITIES, decode, encode
-from f1 import bootstrap_interval, macro_f1, read_answers, read_pooled
+from f1 import bootstrap_interval, check_same_labels, macro_f1, read_answers, read_pooled
 
 
 def main(argv=None):
@@ -84,6 +84,9 @@ def weigh_runs(members):
     runs = [find_runs(member) for member in members]
     truth, probabilities = read_members(runs)
     labels, people = truth.label.to_numpy(), truth.person.to_numpy()
+    if truth.person.nunique() < 2:
+        raise InputError(f"{members[0]}: its held-out photos show one person; weights need two "
+                         f"people or more")
     likelihood = probabilities[:, np.arange(len(labels)), labels]
     weights = mixture_weights(likelihood)
     mean_answers = np.tensordot(weights, probabilities, 1).argmax(axis=1)
@@ -111,11 +114,11 @@ def weigh_runs(members):
         print(f"{name}: macro F1 {score:.4f}, {score - max(scores):+.4f} against the best member "
               f"({low:+.4f} .. {high:+.4f})")
     # The folds of a member share its weight.
-    shares = {shlex.quote(str(folder)): f"{weight / len(folders):.4f}"
-              for weight, folders in zip(weights, runs, strict=True) for folder in folders}
-    shares = {folder: share for folder, share in shares.items() if float(share)}
-    print(f"next: {script('inference.py')} --model_dir {' '.join(shares)} "
-          f"--model_weights {' '.join(shares.values())}")
+    shares = [(str(folder), f"{weight / len(folders):.4f}")
+              for weight, folders in zip(weights, runs, strict=True) for folder in folders]
+    folders, shares = zip(*(pair for pair in shares if float(pair[1])), strict=True)
+    print(f"next: {script('inference.py')} --model_dir {shlex.join(folders)} "
+          f"--model_weights {' '.join(shares)}")
 
 
 def mixture_weights(likelihood, num_steps=1000):
@@ -174,7 +177,7 @@ def read_members(runs):
         (table with label and person, probabilities (K, N, 18)), photos in the same order.
 
     Raises:
-        InputError: if the members held out different photos.
+        InputError: if the members held out different photos, or have other labels.
     """
     tables = [read_pooled(folders, PROBABILITIES) for folders in runs]
     first = tables[0]
@@ -183,6 +186,7 @@ def read_members(runs):
             raise InputError(f"{folders[0]}: other photos were held out than by {runs[0][0]}; "
                              f"expected members with the same data, --seed and --n_folds or "
                              f"--val_ratio")
+        check_same_labels(folders[0], first.label, table.label.reindex(first.index))
     probabilities = [table[PROBABILITIES].reindex(first.index).astype(float) for table in tables]
     return first, np.stack(probabilities)
 
