@@ -56,9 +56,9 @@ def create_model(name, size, weights="none", dropout=0.0):
         InputError: for an unknown name, weights that are not available or do not fit, or a size
             that the model cannot take.
     """
-    build = find_builder(name)
-    kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout,
-              "pretrained": weights == "imagenet"} | model_args(name, size)
+    build, is_imagenet = find_builder(name), weights == "imagenet"
+    kwargs = {"num_classes": NUM_CLASSES, "drop_rate": dropout, "pretrained": is_imagenet}
+    kwargs |= model_args(name, size)
     # A function gets those of these arguments that it takes.
     parameters = inspect.signature(build).parameters
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
@@ -66,31 +66,22 @@ def create_model(name, size, weights="none", dropout=0.0):
     is_timm_name = getattr(build, "func", None) is timm.create_model
     timm_name = build.args[0] if is_timm_name else name
     try:
-        with hub_access(weights == "imagenet"):
+        with hub_access(is_imagenet):
             model = build(**kwargs)
     except Exception as error:  # timm and the hub's client raise exceptions of any class
-        if weights == "imagenet" and _can_build(build, kwargs | {"pretrained": False}):
+        if is_imagenet and _can_build(build, kwargs | {"pretrained": False}):
             raise _weights_error(timm_name, error) from None
         if not is_timm_name:
             raise  # a bug in a hand-written function
         raise _size_error(timm_name, size, error) from None
-
-    # Try the size on timm models. Errors in the forward of a hand-written backbone are bugs.
-    is_timm = hasattr(model, "pretrained_cfg")
-    if is_timm:
-        try:
-            with torch.no_grad():
-                model.eval()(torch.zeros(1, 3, *size))
-        except Exception as error:
-            raise _size_error(timm_name, size, error) from None
-        model.train()
-
-    if weights == "imagenet" and not is_timm and "pretrained" not in parameters:
+    if hasattr(model, "pretrained_cfg"):
+        _try_size(model, timm_name, size)
+    elif is_imagenet and "pretrained" not in parameters:
         raise InputError(f"--weights imagenet: {name} is hand-written and has no ImageNet "
                          f"weights; pass --weights none or --weights FILE")
     if weights == "none":
         zero_init_residuals(model)
-    elif weights != "imagenet":
+    elif not is_imagenet:
         load_weights(model, weights)
     return model
 
@@ -101,6 +92,16 @@ def _can_build(build, kwargs):
     except Exception:
         return False
     return True
+
+
+def _try_size(model, name, size):
+    """Try the size on a timm model; errors in the forward of a hand-written one are bugs."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    except Exception as error:
+        raise _size_error(name, size, error) from None
+    model.train()
 
 
 def _weights_error(name, error):

@@ -21,22 +21,9 @@ from torch import nn
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with PYTHONSAFEPATH
 
 from core import distributed, run_folder
-from core.checkpoint import (
-    TrainerState,
-    input_statistics,
-    list_checkpoints,
-    model_config,
-    save_checkpoint,
-)
+from core.checkpoint import TrainerState, list_checkpoints, model_config, save_checkpoint
 from core.cli import ArgumentParser, format_flag, in_range, restores_process, run_cli
-from core.device import (
-    autocast,
-    choose_device,
-    choose_workers,
-    configure_backend,
-    half_precision,
-    to_device,
-)
+from core.device import autocast, choose_device, choose_workers, configure_backend, to_device
 from core.errors import InputError
 from core.framing import record_framing
 from core.images import drop_bad_images
@@ -44,9 +31,9 @@ from core.labels import NUM_CLASSES
 from core.layout import choose_data, dataset_folders, fingerprint, read_train
 from core.optim import create_optimizer, default_rate, learning_rate, optimizer_name
 from core.plots import save_inputs_sheet
-from core.prediction import Normalize, predict, torch_predictor
+from core.prediction import predict, torch_predictor
 from core.report import Reporter, log_data, log_run
-from core.trainer import Trainer, WeightAverage, check_finite, explain_out_of_memory, not_finite
+from core.trainer import Trainer, check_finite, explain_out_of_memory, not_finite
 from dataset import (
     AUGMENTATIONS,
     SAMPLERS,
@@ -200,26 +187,18 @@ def create_trainer(args, initial_weights, class_weight, device):
         device: the torch device.
 
     Raises:
-        InputError: as `create_loss`, `check_shares`, `create_model` and `check_batch_norm`.
+        InputError: as `create_loss`, `check_shares` and `create_model`.
     """
     criterion = create_loss(args.criterion, class_weight, args.label_smoothing, args.gamma)
     distributed.check_shares(args.batch_size, criterion)
     # Seed here, so that earlier random draws do not change the initial weights.
     torch.manual_seed(args.seed)
     model = create_model(args.model, args.resize, initial_weights, args.dropout)
-    distributed.check_batch_norm(model, args.batch_size, args.resize)
     model.to(device, memory_format=torch.channels_last)
     optimizer = create_optimizer(model, args.optimizer, args.lr, args.weight_decay)
-    # bfloat16 has the range of float32 and needs no loss scaling; float16 does.
-    use_float16 = (args.amp is not False and device.type == "cuda"
-                   and half_precision(device) == torch.float16)
     return Trainer(
-        model=model, parallel_model=distributed.wrap_ddp(model),
-        normalize=Normalize(*input_statistics(model)).to(device),
-        criterion=criterion.to(device), optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=use_float16),
-        ema=WeightAverage(model, args.ema_decay) if args.ema_decay else None,
-        device=device, amp=args.amp, clip_grad=args.clip_grad, seed=args.seed)
+        model=model, criterion=criterion.to(device), optimizer=optimizer, device=device,
+        amp=args.amp, clip_grad=args.clip_grad, ema_decay=args.ema_decay, seed=args.seed)
 
 
 def train_step(trainer, batches, step, lr):
@@ -379,7 +358,7 @@ def parse_args(argv=None):
     add("--log_interval", type=positive, default=20, help="optimizer steps between log lines")
     add("--deterministic", action=BooleanOptionalAction, default=False,
         help="bitwise reproducible on CUDA, too (slower)")
-    add("--seed", type=not_negative_int, default=1, help="random seed")
+    add("--seed", type=in_range(int, 0, 2**63), default=1, help="random seed")
     parser.add_machine_flags()
 
     args, explicit = parser.parse_explicit(argv)

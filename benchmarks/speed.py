@@ -14,6 +14,7 @@ training and inference scripts with their default flags.
 """
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -29,24 +30,17 @@ LARGE, SMALL, CROP = (384, 288), (128, 96), (0.8, 0.95)
 BATCH, WARM_UP = 32, 4
 LOADED, TRAINED = 63 * BATCH, 21 * BATCH  # photos; 288 and 96 people
 
-# (section, model) -> list of (work, the work it is compared with, the ratio that we ask for).
-# Each work is a function in this file, except for `train`, which is train.py.
-GROUPS = {("loading", ""): [
-    ("load_training", "load_stock", 2.5),
-    ("load_training", "load_timm", 2.0),
-    ("load_training", "decode", None),
-    ("load_training_normalized", "load_stock", None),
-    ("load_training_normalized", "load_timm", None),
-    ("load_training_small", "decode", None),
-    ("load_validation", "decode", None)]}
-for model, over_timm in [("tf_efficientnet_lite0", 1.35), ("efficientnet_b4", 1.2)]:
-    GROUPS["training", model] = [
-        ("train", "train_timm", over_timm),
-        ("train", "train_timm_channels_last", 1.0),
-        ("train", "train_in_memory", 0.95)]
-    GROUPS["prediction", model] = [
-        ("predict_onnxruntime", "predict_timm", 1.5),
-        ("predict_torch", "predict_timm", 1.05)]
+# Section -> pairs of a work and the work that it is compared with. Each work is a function in this
+# file, except for `train`, which is train.py.
+PAIRS = {
+    "loading": [("load_training", "load_stock"), ("load_training", "load_timm"),
+                ("load_training_small", "load_training"), ("load_validation", "load_training")],
+    "training": [("train", "train_timm"), ("train", "train_timm_channels_last"),
+                 ("train", "train_in_memory")],
+    "prediction": [("predict_onnxruntime", "predict_timm"), ("predict_torch", "predict_timm")],
+}
+GROUPS = [("loading", ""), *itertools.product(["training", "prediction"],
+                                              ["tf_efficientnet_lite0", "efficientnet_b4"])]
 
 
 def main(argv=None):
@@ -60,25 +54,24 @@ def main(argv=None):
     args.device = str(choose_device(args.device))
     rows = []
     with tempfile.TemporaryDirectory() as args.folder:
-        for (section, model), pairs in GROUPS.items():
-            if args.only and section not in args.only:
+        for section, model in GROUPS:
+            if section not in args.only:
                 continue
-            pairs = [pair for pair in pairs
+            pairs = [pair for pair in PAIRS[section]
                      if args.device == "cpu" or pair[0] != "predict_onnxruntime"]
             if section != "loading":
                 run(f"prepare_{section}", model, args)
-            works = dict.fromkeys(work for own, other, _ in pairs for work in (own, other))
+            works = dict.fromkeys(work for pair in pairs for work in pair)
             rounds = [{work: run(work, model, args) for work in works}
                       for _ in range(args.rounds)]
-            for own, other, asked in pairs:
+            for own, other in pairs:
                 table = pd.DataFrame([{
                     "speed": results[own][0], "other": results[other][0],
                     "ratio": results[own][0] / results[other][0],
                     "memory": results[own][1], "other_memory": results[other][1],
                 } for results in rounds])
                 rows.append({"model": model, "work": own, "against": other, **table.median(),
-                             "ratio_low": table.ratio.min(), "ratio_high": table.ratio.max(),
-                             "asked": asked})
+                             "ratio_low": table.ratio.min(), "ratio_high": table.ratio.max()})
             pd.DataFrame(rows).to_csv(args.out, index=False, float_format="%.3f")
             print(pd.DataFrame(rows[-len(pairs):]).to_string(
                 index=False, float_format="{:.2f}".format), flush=True)
@@ -153,40 +146,18 @@ def training_photos(args, count=LOADED):
     return photos.iloc[:count].reset_index(drop=True)
 
 
-def decode(args):
-    """OpenCV alone, in one thread."""
-    import cv2
-    cv2.setNumThreads(0)
-    return rate(len(cv2.imread(path)) > 0 for path in training_photos(args).path)
-
-
-def load_training(args, size=LARGE, num_workers=1, normalized=False):
-    """Our loader with the augmentation of the default recipe.
-
-    Its batches are uint8. The device normalizes them, which is measured only if `normalized`.
-    """
+def load_training(args, size=LARGE, num_workers=1):
+    """Our loader with the augmentation of the default recipe: uint8 batches on the device."""
     import torch
 
-    from core.checkpoint import IMAGENET_MEAN, IMAGENET_STD
     from core.device import configure_backend
-    from core.prediction import Normalize
     from dataset import Augmentation, BatchSampler, CropResize, MaskDataset, create_train_loader
     photos, device = training_photos(args), torch.device(args.device)
     configure_backend(device)
     dataset = MaskDataset(photos, CropResize(size, CROP), Augmentation("base"))
     loader = create_train_loader(dataset, BatchSampler(photos, BATCH), 0, len(photos) // BATCH,
                                  num_workers, device)
-    normalize = Normalize(IMAGENET_MEAN, IMAGENET_STD).to(device)
-
-    def counts():
-        for images, _ in loader:
-            images = images.to(device, non_blocking=True)
-            yield len(normalize(images) if normalized else images)
-    return rate(counts())
-
-
-def load_training_normalized(args):
-    return load_training(args, normalized=True)
+    return rate(len(images.to(device, non_blocking=True)) for images, _ in loader)
 
 
 def load_training_small(args):
@@ -386,7 +357,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_dir",
                         help="dataset with a train and an eval part (default: the sample)")
-    parser.add_argument("--only", nargs="+", choices=["loading", "training", "prediction"],
+    parser.add_argument("--only", nargs="+", choices=PAIRS, default=list(PAIRS),
                         help="sections to measure (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each work")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")

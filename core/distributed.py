@@ -4,7 +4,6 @@
     torchrun --nproc_per_node=8 inference.py --model_dir=./results
 """
 import contextlib
-import copy
 import itertools
 import os
 import shlex
@@ -67,20 +66,11 @@ def check_restarts(resume):
     """Check torchrun's --max-restarts: the restarted command must continue the run.
 
     Raises:
-        InputError: without --resume; or if several machines share torchrun's own store.
+        InputError: without --resume.
     """
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) == 0:
-        return
-    if not resume:
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and not resume:
         raise InputError("torchrun --max-restarts starts the same command again: add --resume (it "
                          "starts a new run if there is none), or pass --max-restarts=0")
-    # torchrun counts restarts on each machine by itself, and processes with different counts
-    # wait for each other in its shared store. A new store for each start avoids that.
-    shares_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1 and shares_store:
-        raise InputError("torchrun --max-restarts on several machines needs "
-                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment of torchrun; "
-                         "export it on every machine, or pass --max-restarts=0")
 
 
 def check_shares(batch_size, criterion):
@@ -94,27 +84,6 @@ def check_shares(batch_size, criterion):
             raise InputError(f"--criterion: {type(loss).__name__} of a batch is not the mean of "
                              f"its shares, so several processes cannot compute it; pass another "
                              f"--criterion, or use one process")
-
-
-def check_batch_norm(model, batch_size, size):
-    """Check that batch norm gets more than one value per channel; InputError if not.
-
-    Args:
-        model: in training mode; it stays as it is.
-        batch_size: photos per batch, of all processes.
-        size: (height, width) of a photo.
-    """
-    if batch_size > world_size():
-        return
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(model)(torch.zeros(1, 3, *size))
-    except ValueError as error:
-        if "more than 1 value per channel" not in str(error):
-            raise
-        raise InputError(f"--batch_size {batch_size}: the batch norm of this model needs two "
-                         f"photos in each process; pass at least --batch_size {2 * world_size()}"
-                         ) from None
 
 
 def cleanup():

@@ -40,6 +40,9 @@ def explain_error(error):
     if is_runtime_error and "does not have a deterministic implementation" in text:
         return (f"--deterministic: {text.split(' ')[0]} has no deterministic implementation; pass "
                 f"another --model, or drop --deterministic")
+    if isinstance(error, ValueError) and "more than 1 value per channel" in text:
+        return ("--batch_size: the batch norm of this model needs two photos in each process; "
+                "raise it, and lower --accumulation_steps by the same factor")
     if is_runtime_error and ("Too many open files" in text or "ancdata" in text):
         return f"too many open files: {TOO_MANY_FILES}"
     if is_runtime_error and ("shared memory" in text or "bus error" in text.lower()):

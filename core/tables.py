@@ -65,8 +65,8 @@ def _parse_csv(text, columns):
     """Return (column names, values of each row by line number); ValueError for uneven rows."""
     if "\0" in text:
         raise ValueError(": not a csv text file (it holds zero bytes); save it as CSV UTF-8")
-    # The separator is the one that gives the wanted columns.
-    for separator in ",;\t":
+    # The separator is the one that gives the wanted columns; if none does, a comma.
+    for separator in ";\t,":
         lines = io.StringIO(text, newline=None)
         reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
         header = _next_names(reader)
@@ -74,9 +74,6 @@ def _parse_csv(text, columns):
             header = _next_names(reader)
         if set(columns) <= set(header) and len(header) > 1:
             break
-    else:
-        reader = csv.reader(io.StringIO(text, newline=None), skipinitialspace=True)
-        header = _next_names(reader)
     while header and not header[-1]:
         header.pop()
     if not header:

@@ -1,7 +1,7 @@
 """The objects of a training run: model, loss, optimizer, averages, and its losses."""
 import contextlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -9,7 +9,10 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from core import distributed
+from core.checkpoint import input_statistics
+from core.device import half_precision
 from core.errors import InputError, as_one_line, is_out_of_memory
+from core.prediction import Normalize
 
 
 class LossHistory:
@@ -79,22 +82,26 @@ class WeightAverage(ModelEmaV3):
 @dataclass
 class Trainer:
     """The objects that a training step uses."""
-    model: nn.Module
-    parallel_model: nn.Module  # the same model, in DistributedDataParallel if there are processes
-    normalize: nn.Module
+    model: nn.Module  # in training mode, on the device
     criterion: nn.Module
     optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler  # disabled except for float16
-    ema: WeightAverage | None
     device: torch.device
     amp: bool | None
     clip_grad: float
+    ema_decay: float
     seed: int
-    losses: LossHistory = field(default_factory=LossHistory)
 
     def __post_init__(self):
         # Once: listing them walks through all modules, 0.6 ms for EfficientNet-B4.
         self.parameters = list(self.model.parameters())
+        # The same model, in DistributedDataParallel if there are several processes.
+        self.parallel_model = distributed.wrap_ddp(self.model)
+        self.normalize = Normalize(*input_statistics(self.model)).to(self.device)
+        # bfloat16 has the range of float32 and needs no loss scaling; float16 does.
+        use_float16 = self.amp is not False and half_precision(self.device) == torch.float16
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=use_float16)
+        self.ema = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
+        self.losses = LossHistory()
 
     @property
     def inference_model(self):

@@ -1,4 +1,5 @@
 """Several real processes by torchrun, on the CPU: the same numbers as one, and safe restarts."""
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from conftest import FAST, ROOT, run_command
 from safetensors.torch import load_file
 
 from core import distributed
-from core.distributed import check_restarts, check_shares
+from core.distributed import check_shares
 from core.errors import InputError
 from core.layout import read_train
 from dataset import BatchSampler
@@ -192,59 +193,14 @@ def test_a_second_run_in_a_results_folder_is_refused_by_all_processes(dataset, o
     assert sorted(os.listdir(tmp_path / "results")) == before
 
 
-@pytest.mark.parametrize(("env", "resume", "refusal"), [
-    ({}, False, None),  # not by torchrun
-    ({"TORCHELASTIC_MAX_RESTARTS": "0"}, False, None),
-    ({"TORCHELASTIC_MAX_RESTARTS": "3"}, True, None),
-    ({"TORCHELASTIC_MAX_RESTARTS": "3"}, False, "add --resume"),
-    # Several machines may not share a store, but only if there can be restarts.
-    ({"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2",
-      "TORCHELASTIC_USE_AGENT_STORE": "True"}, True, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
-    ({"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "2",
-      "TORCHELASTIC_USE_AGENT_STORE": "False"}, True, None),
-    ({"TORCHELASTIC_MAX_RESTARTS": "3", "GROUP_WORLD_SIZE": "1",
-      "TORCHELASTIC_USE_AGENT_STORE": "True"}, True, None),
-    ({"TORCHELASTIC_MAX_RESTARTS": "0", "GROUP_WORLD_SIZE": "2",
-      "TORCHELASTIC_USE_AGENT_STORE": "True"}, False, None)])
-def test_restarts_need_resume_and_a_store_for_each_start(monkeypatch, env, resume, refusal):
-    for name in ("TORCHELASTIC_MAX_RESTARTS", "GROUP_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    if refusal is None:
-        check_restarts(resume)
-        return
-    with pytest.raises(InputError, match=refusal) as caught:
-        check_restarts(resume)
-    assert "\n" not in str(caught.value)
-
-
-def test_two_machines_with_restarts_and_a_shared_store_are_refused_in_one_line(dataset, tmp_path):
-    """The environment variables of the test above are those that torchrun sets."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    machines = [torchrun(1, "train", "--data_dir", dataset, *RUN, "--resume", cwd=tmp_path,
-                         restarts=1, nodes=2, port=port, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
-                for _ in range(2)]
-    try:
-        assert all(machine.wait(120) != 0 for machine in machines)
-    finally:
-        for machine in machines:
-            machine.terminate()
-    found = errors((tmp_path / "train.log").read_text())
-    assert found and all("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in error for error in found)
-    assert not (tmp_path / "results").exists()
-
-
-def test_two_machines_with_restarts_and_a_shared_store_are_refused(monkeypatch):
-    for name, value in {"TORCHELASTIC_MAX_RESTARTS": "1", "GROUP_WORLD_SIZE": "2",
-                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():  # as torchrun sets them
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        distributed.check_restarts(resume=True)
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    distributed.check_restarts(resume=True)
+@pytest.mark.parametrize(("restarts", "resume", "refused"), [
+    (None, False, False), ("0", False, False), ("3", True, False), ("3", False, True)])
+def test_restarts_need_resume(monkeypatch, restarts, resume, refused):
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    if restarts:
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    with pytest.raises(InputError, match="add --resume") if refused else contextlib.nullcontext():
+        distributed.check_restarts(resume)
 
 
 @pytest.mark.cpu_only("several processes need a GPU each")

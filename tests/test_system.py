@@ -176,6 +176,24 @@ def test_too_many_open_files_is_one_line(dataset, tmp_path):
                         result.stderr, re.IGNORECASE)
 
 
+def test_a_photo_that_the_disk_cannot_read_is_named(tmp_path):
+    (tmp_path / "photo.jpg").symlink_to("/proc/self/mem")  # reading it is an input/output error
+    with pytest.raises(InputError, match=r"^Input/output error at .*photo\.jpg: check"):
+        read_image(tmp_path / "photo.jpg")
+
+
+def test_what_another_thread_prints_is_not_taken_for_damage_of_a_photo():
+    code = """
+import sys
+from core.cli import _open_outputs
+from core.images import _with_stderr
+_open_outputs()
+print(repr(_with_stderr(lambda: print("progress", file=sys.stderr))))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("(None, '')\n", "progress\n")
+
+
 # --- output targets ---
 
 def test_pipes_and_links_are_written_through(command, trained, tmp_path):
@@ -237,6 +255,16 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tm
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["photo.jpg", "model.safetensors", "answers.csv", "info.csv"])
+def test_an_input_is_not_replaced_by_an_output(tmp_path, name):
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(InputError, match=f"{name}: exists, and is not a .csv file that an earlier"):
+        check_output(tmp_path / name)
+    (tmp_path / "model.onnx").write_text("old")
+    check_output(tmp_path / "model.onnx", suffix=".onnx")
+    assert (tmp_path / name).read_text() == "precious"
+
+
 def test_one_file_for_two_tables_is_refused(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"x\.csv"):
@@ -252,7 +280,7 @@ def test_one_file_for_two_tables_is_refused(trained, tmp_path, monkeypatch):
     (inference.parse_args, ["--model_dir", "a", "--save_probs="]),
     (tools.export.parse_args, ["--model_dir", "a", "--output", ""])])
 def test_an_empty_path_is_refused(parse, flags):
-    with pytest.raises(InputError, match=r"^--\w+: is empty"):
+    with pytest.raises(InputError, match=r"^argument --\w+.*: is empty"):
         parse(flags)
 
 
@@ -496,27 +524,15 @@ def test_left_over_variables_of_one_process_are_ignored(monkeypatch, variables):
     assert distributed.world_size() == 1 and distributed.launch("train.py") == script("train.py")
 
 
-@pytest.mark.parametrize(("name", "size"), [("resnet18", (32, 32)),
-                                            ("mobilenetv4_conv_small", (64, 48))])
-def test_one_photo_for_batch_norm_is_refused_before_the_first_step(name, size, monkeypatch):
+@pytest.mark.parametrize(("name", "size"), [("resnet18", ("32", "32")),
+                                            ("mobilenetv4_conv_small", ("64", "48"))])
+def test_one_photo_for_batch_norm_is_one_line(command, dataset, tmp_path, name, size):
     """The last stage of one network has one pixel; the other has batch norm after the pooling."""
-    model = create_model(name, size).train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    random_state = torch.get_rng_state()
-    with pytest.raises(InputError, match=r"--batch_size 1: .*at least --batch_size 2"):
-        distributed.check_batch_norm(model, 1, size)
-    distributed.check_batch_norm(model, 2, size)
-    monkeypatch.setattr(distributed, "world_size", lambda: 4)
-    with pytest.raises(InputError, match=r"--batch_size 4: .*at least --batch_size 8"):
-        distributed.check_batch_norm(model, 4, size)
-    # The check leaves no trace.
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random_state)
-
-
-def test_one_photo_is_enough_without_batch_norm_or_with_larger_photos():
-    distributed.check_batch_norm(create_model("test_vit", (32, 32)), 1, (32, 32))
-    distributed.check_batch_norm(create_model("resnet18", (64, 64)), 1, (64, 64))
+    flags = ["--data_dir", dataset, *RUN, "--model", name, "--resize", *size, "--batch_size", "1"]
+    result = command("train", *flags)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "--batch_size: the batch norm of this model needs two photos" in result.stderr
+    assert not list((tmp_path / "results").glob("checkpoint-*"))
 
 
 # --- printed commands ---
