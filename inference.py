@@ -11,6 +11,7 @@ checkpoint.
 import os
 import shlex
 import sys
+import tempfile
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def main(argv=None):
     check_output(output, args.save_probs)
     all_photos = photos
     if args.draw:
-        check_draw_folder(args.draw, photos)
+        check_draw_folder(args.draw, photos, [] if is_eval else args.data_dir)
     detector, framings, why_no_faces = choose_framings(args.face, args.face_model, is_eval, configs)
     if args.on_bad_image == "skip":
         if is_eval:
@@ -153,11 +154,13 @@ def create_predictor(checkpoint, engine, amp, device):
     """
     if engine == "onnxruntime":
         path = checkpoint / "model.onnx"
-        with distributed.main_process_first():
+        with distributed.main_process_first(), tempfile.TemporaryDirectory() as folder:
             if not has_current_onnx(checkpoint):
+                if not os.access(checkpoint, os.W_OK):  # such as an input folder of Kaggle
+                    path = Path(folder, "model.onnx")
                 print(f"exporting {path}, once", flush=True)
                 export_onnx(*load_model(checkpoint), checkpoint, path)
-        return onnx_predictor(path)
+            return onnx_predictor(path)
     model, config = load_model(checkpoint)
     model.to(device, memory_format=torch.channels_last)
     normalize = Normalize(config["mean"], config["std"]).to(device)

@@ -251,6 +251,8 @@ def find_checkpoint(model_dir):
     if folds:
         raise InputError(f"--model_dir {model_dir}: holds {len(folds)} folds; to average them pass "
                          f"--model_dir {shlex.join(map(str, folds))}")
+    if model_dir.is_file():
+        raise InputError(f"--model_dir {model_dir}: is a file; pass its folder {model_dir.parent}")
     found = "no config.json in it" if model_dir.exists() else "no such checkpoint"
     siblings = [str(folder) for folder in list_checkpoints(model_dir.parent)
                 if folder != model_dir]

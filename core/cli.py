@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing.util
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -40,7 +41,8 @@ class ArgumentParser(argparse.ArgumentParser):
                          fromfile_prefix_chars="@", **kwargs)
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        # As in a shell, "#" inside a word is part of it. Editors on Windows write a BOM.
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line.removeprefix("\ufeff")))
 
     def parse_known_args(self, args=None, namespace=None):
         try:
@@ -184,14 +186,18 @@ class _Output(io.FileIO):
 
 
 def _open_outputs():
-    """Set sys.stdout and sys.stderr to streams whose writing never fails."""
+    """Set sys.stdout and sys.stderr to streams whose writing never fails.
+
+    They use copies of the descriptors: core.images redirects 2 while it decodes a photo, and what
+    another thread prints meanwhile (tqdm, TensorBoard) must not be taken for damage of the photo.
+    """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:  # closed: no other file may get this number, or messages would go there
             os.open(os.devnull, os.O_RDWR)
     for name, number in (("stdout", 1), ("stderr", 2)):
-        file = io.BufferedWriter(_Output(number, "w", closefd=False))
+        file = io.BufferedWriter(_Output(os.dup(number), "w", closefd=False))
         encoding = getattr(getattr(sys, name), "encoding", None)
         setattr(sys, name, io.TextIOWrapper(file, encoding, "backslashreplace",
                                             line_buffering=True))

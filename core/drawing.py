@@ -68,8 +68,14 @@ def drawn_path(folder, image_id):
     return Path(folder, *parts[:-1], name)
 
 
-def check_draw_folder(folder, photos):
-    """Raise InputError if drawings cannot be written there, or would replace the photos."""
+def check_draw_folder(folder, photos, searched):
+    """Raise InputError if drawings cannot be written there, or would be taken for photos.
+
+    Args:
+        folder: of the drawings.
+        photos: table with ImageID and path.
+        searched: folders in which the photos were found; the next run would find drawings there.
+    """
     parent = next(path for path in [Path(folder), *Path(folder).absolute().parents]
                   if os.path.lexists(path))
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -80,6 +86,10 @@ def check_draw_folder(folder, photos):
         if target.exists() and target.samefile(path):
             raise InputError(f"--draw {folder}: would replace the photo {path}; pass another "
                              f"folder")
+    for place in searched:
+        if Path(folder).resolve().is_relative_to(Path(place).resolve()):
+            raise InputError(f"--draw {folder}: is inside {place}, where the next run would take "
+                             f"the drawings for photos; pass another folder")
 
 
 def save_drawings(folder, table):

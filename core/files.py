@@ -10,6 +10,8 @@ from pathlib import Path
 
 from core.errors import InputError
 
+DATASET_TABLES = {"train.csv", "info.csv", "answers.csv"}
+
 
 @contextlib.contextmanager
 def write_atomically(path):
@@ -63,11 +65,16 @@ def _open_stream(path):
     return open(path, "wb", 0)
 
 
-def check_output(*paths):
-    """Check output files before the work; InputError or OSError for one that cannot be written.
+def check_output(*paths, suffix=".csv"):
+    """Check output files before the work.
 
     Args:
         paths: different files, or None.
+        suffix: what the name of a file that may be replaced must end with.
+
+    Raises:
+        InputError: for a file that cannot be written, or must not be replaced.
+        OSError: for a name that the system refuses.
     """
     paths = [path for path in paths if path]
     if len({os.path.realpath(path) for path in paths}) < len(paths):
@@ -84,6 +91,11 @@ def check_output(*paths):
             delete(temporary)
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise InputError(f"{path}: is read-only; choose another file")
+        # A slip must not replace a photo, a model or a table of the dataset.
+        if os.path.isfile(path) and not _is_stream(path) and (
+                Path(path).suffix.lower() != suffix or Path(path).name in DATASET_TABLES):
+            raise InputError(f"{path}: exists, and is not a {suffix} file that an earlier run "
+                             f"wrote; choose another file, or delete it")
 
 
 def write_json(path, value):

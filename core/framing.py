@@ -124,11 +124,14 @@ def choose_framings(face, face_model, is_eval, configs):
 
 
 def _training_framing(config, file):
-    """Measure the framing that a checkpoint did not record, if its training photos are there."""
+    """Measure the framing that a checkpoint did not record; None without its training photos."""
     folder = config.get("train_dir")
-    if not folder or not find_part(folder, "train"):
+    try:
+        if not folder or not find_part(folder, "train"):
+            return None
+        return measure_framing(read_train(folder, fix_labels=False).path.to_numpy(), file)
+    except (InputError, OSError):  # they have changed, or may not be read
         return None
-    return measure_framing(read_train(folder, fix_labels=False).path.to_numpy(), file)
 
 
 def frame(pixels, box, framing):
@@ -184,7 +187,13 @@ class FramedPhotos(Dataset):
         if np.isnan(box[0]):
             pixels = read_image(path, self.crop_resize.min_size)
         else:
-            pixels = frame(_read_cached(path), box, self.framing)
+            pixels = _read_cached(path)
+            # A face that fills a photo of many megapixels would need gigabytes for its frame.
+            scale = 4 * self.crop_resize.min_size[0] / (box[3] / self.framing["height"])
+            if scale < 1:
+                pixels, box = cv2.resize(pixels, None, fx=scale, fy=scale,
+                                         interpolation=cv2.INTER_AREA), box * scale
+            pixels = frame(pixels, box, self.framing)
         return (torch.from_numpy(self.crop_resize(pixels)),)
 
 

@@ -51,6 +51,8 @@ ORIENTATION = 0x0112
 PIXEL_TAGS = {*range(254, 260), 262, 266, ORIENTATION, *range(273, 280), 284, 292, 293, 317, 320,
               *range(322, 326), 330, 338, 339, 347, *range(512, 522), *range(529, 533)}
 
+JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+
 # Length of a PNG's tRNS chunk, by colour type: gray, RGB.
 TRNS_LENGTH = {b"\0": 2, b"\2": 6}
 
@@ -116,8 +118,8 @@ def _decode(path, min_size=(math.inf, math.inf)):
             data = file.read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; restore it, or start again without it") from None
-    except PermissionError as error:
-        raise InputError(explain_error(error)) from None
+    except OSError as error:  # the error of a read does not name the file
+        raise InputError(explain_error(OSError(error.errno, error.strerror, str(path)))) from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's warnings do not name the file
@@ -179,10 +181,20 @@ def _decode_jpeg(data, flags):
     # A few bytes too many before the end marker are harmless.
     if re.search(r"\b[1-7] extraneous bytes before marker 0xd9", text):
         text = ""
-    if not (text or data.endswith(b"\xff\xd9")) and (
-            data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda")):
+    if not (text or data.endswith(b"\xff\xd9") or _has_end_marker(data)):
         text = "its end is missing"
     return pixels, text
+
+
+def _has_end_marker(data):
+    """Return whether a JPEG has its end marker; anything may follow, such as a phone's video."""
+    position = 2
+    # The next marker: not 0xFF00 (a byte 0xFF of the pixels), nor a restart marker.
+    while found := JPEG_MARKER.search(data, position):
+        if found[0] == b"\xff\xd9":
+            return True
+        position = found.end() + int.from_bytes(data[found.end():found.end() + 2], "big")
+    return False
 
 
 def _with_stderr(function, *args):

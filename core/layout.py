@@ -69,7 +69,9 @@ def find_part(data_dir, part):
     # People pass the root, a part or its images folder; look in and around what they passed.
     candidates = [data_dir / part, data_dir]
     if data_dir.name == "images":
-        candidates += [data_dir.parent, data_dir.parent.parent / part]
+        candidates.append(data_dir.parent)
+        if data_dir.parent.name in ("train", "eval"):
+            candidates.append(data_dir.parent.parent / part)
     elif data_dir.name in ("train", "eval"):
         candidates.append(data_dir.parent / part)
     return next((folder.resolve() for folder in candidates if (folder / table).is_file()), None)
@@ -118,7 +120,8 @@ def read_train(data_dir, fix_labels=True):
                          f"train/images")
     people = _read_people(folder / "train.csv")
     photos = _list_photos(folder / "images", people)
-    if fix_labels and _is_original(people):
+    ends = people.path.iloc[0], people.path.iloc[-1]
+    if fix_labels and len(people) == 2700 and ends == ORIGINAL_PEOPLE:
         photos = _fix_labels(photos)
     photos["age"] = age_band(photos.years)
     photos["label"] = encode(photos["mask"], photos.gender, photos.age)
@@ -156,6 +159,9 @@ def read_eval(data_dir, require_all=True):
         paths |= {image_id: on_disk[_normalized(image_id)] for image_id in missing
                   if _normalized(image_id) in on_disk}
         missing = [image_id for image_id in missing if not os.path.isfile(paths[image_id])]
+        shared = [path for path, count in Counter(paths.values()).items() if count > 1]
+        if shared:
+            raise InputError(f"{table}: two ImageIDs name the file {shared[0]!r}; expected one")
     if missing and require_all:
         line = info.index[info.ImageID == missing[0]][0]
         raise InputError(f"{images}: has no {missing[0]!r}, which info.csv lists in line {line} "
@@ -185,13 +191,13 @@ def list_images(paths):
         if path.is_dir():
             for file in _walk(path, left_out):
                 inside = os.path.relpath(file, path)
-                reason = why_left_out(file, os.path.isfile(file))
+                reason = why_left_out(file)
                 is_hidden = any(map(is_tool_name, Path(inside).parts))
                 if not reason and not is_hidden:
                     files[file if len(paths) > 1 else inside] = file
                 elif not reason:
                     left_out.append((file, "hidden, or made by another program"))
-                elif not is_hidden:
+                elif not is_hidden:  # hidden files that are no photos are not worth a line
                     left_out.append((file, reason))
         elif path.is_file():
             files[str(path)] = str(path)
@@ -227,8 +233,8 @@ def _walk(folder, unreadable=None):
 
 
 # Folders and files that other programs leave beside photos: Synology, macOS, Jupyter, Windows, ...
-TOOL_NAMES = {"@eaDir", "#recycle", "__MACOSX", "__pycache__", "Thumbs.db", "desktop.ini",
-              "$RECYCLE.BIN", "System Volume Information"}
+TOOL_NAMES = {"@eaDir", "#recycle", "@Recycle", "lost+found", "__MACOSX", "__pycache__",
+              "Thumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information"}
 ODD_FORMATS = {".heic": "convert to JPEG", ".heif": "convert to JPEG", ".avif": "needs Pillow 11.3",
                ".jxl": "convert to JPEG", ".dng": "convert to JPEG"}
 
@@ -238,17 +244,15 @@ def is_tool_name(name):
     return name.startswith(".") or name in TOOL_NAMES
 
 
-def why_left_out(path, is_file):
+def why_left_out(path):
     """Return why a path in a folder is not read as a photo, or ""."""
     suffix = os.path.splitext(path)[1].lower()
-    if is_file and suffix in IMAGE_SUFFIXES:
-        return ""
+    if os.path.isfile(path):
+        hint = f" ({ODD_FORMATS[suffix]})" if suffix in ODD_FORMATS else ""
+        return "" if suffix in IMAGE_SUFFIXES else f"{suffix or 'no suffix'}{hint}"
     if not os.path.exists(path):
         return "a link to nowhere"
-    if not is_file:
-        return "a folder" if os.path.isdir(path) else "not a file"
-    hint = f" ({ODD_FORMATS[suffix]})" if suffix in ODD_FORMATS else ""
-    return f"{suffix or 'no suffix'}{hint}"
+    return "a folder" if os.path.isdir(path) else "not a file"
 
 
 def log_left_out(left_out):
@@ -281,48 +285,11 @@ def _read_people(table):
 
 
 def _list_photos(images, people):
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder; expected a folder for each person in "
-                         f"train.csv")
-    entries = {entry.name: os.path.isdir(entry.path) for entry in os.scandir(images)
-               if not is_tool_name(entry.name)}
-    folders = {name for name, is_dir in entries.items() if is_dir}
-    left_out = [(str(images / name), "not in a person's folder")
-                for name in entries.keys() - folders]
-    by_normalized = {_normalized(name): name for name in folders}
-    folder_of = {path: path if path in folders else by_normalized.get(_normalized(path))
-                 for path in people.path}
-    # train.csv and the folders must list the same people.
-    table = images.parent / "train.csv"
-    for names, listed_in, missing_in in [
-        ([path for path, folder in folder_of.items() if folder is None], "train.csv", images),
-        (folders - set(folder_of.values()), images, "train.csv"),
-    ]:
-        if names:
-            raise InputError(f"{table} does not match the folders: {min(names)!r} is in "
-                             f"{listed_in} but not in {missing_in} ({len(names)} in all); expected "
-                             f"one line per folder")
-    shared = {folder for folder, count in Counter(folder_of.values()).items() if count > 1}
-    if shared:
-        raise InputError(f"{table}: two rows name the folder {min(shared)!r}; expected one")
-    # One file per shot, whatever its suffix.
-    rows, incomplete = [], []
+    """Return the table of all photos of these people; InputError if there are none."""
+    left_out, rows, incomplete = [], [], []
+    folder_of = _match_folders(images, people, left_out)
     for person in people.itertuples():
-        folder, shots = images / folder_of[person.path], {}
-        # Sorted: if one shot has two files, every machine takes the same one.
-        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-            if is_tool_name(entry.name):
-                continue
-            shot = os.path.splitext(entry.name)[0]
-            reason = why_left_out(entry.path, os.path.isfile(entry.path))
-            if not reason and shot in shots:
-                reason = "a second file of a shot"
-            if not reason and shot not in MASK_OF_SHOT:
-                reason = "not one of the seven shots"
-            if reason:
-                left_out.append((entry.path, reason))
-            else:
-                shots[shot] = entry.path
+        shots = _list_shots(images / folder_of[person.path], left_out)
         if len(shots) < len(MASK_OF_SHOT):
             incomplete.append(person.path)
         gender = GENDERS.index(person.gender)
@@ -340,9 +307,53 @@ def _list_photos(images, people):
     return pd.DataFrame(rows, columns=columns)
 
 
-def _is_original(people):
-    ends = people.path.iloc[0], people.path.iloc[-1]
-    return len(people) == 2700 and ends == ORIGINAL_PEOPLE
+def _match_folders(images, people, left_out):
+    """Return {path in train.csv: folder}; InputError unless these list the same people.
+
+    Files beside the folders are added to `left_out`, as pairs (path, reason).
+    """
+    if not images.is_dir():
+        raise InputError(f"{images}: no such folder; expected a folder for each person in "
+                         f"train.csv")
+    entries = {entry.name: os.path.isdir(entry.path) for entry in os.scandir(images)
+               if not is_tool_name(entry.name)}
+    folders = {name for name, is_dir in entries.items() if is_dir}
+    left_out += [(str(images / name), "not in a person's folder")
+                 for name in entries.keys() - folders]
+    by_normalized = {_normalized(name): name for name in folders}
+    folder_of = {path: path if path in folders else by_normalized.get(_normalized(path))
+                 for path in people.path}
+    table = images.parent / "train.csv"
+    for names, listed_in, missing_in in [
+        ([path for path, folder in folder_of.items() if folder is None], "train.csv", images),
+        (folders - set(folder_of.values()), images, "train.csv"),
+    ]:
+        if names:
+            raise InputError(f"{table} does not match the folders: {min(names)!r} is in "
+                             f"{listed_in} but not in {missing_in} ({len(names)} in all); expected "
+                             f"one line per folder")
+    shared = {folder for folder, count in Counter(folder_of.values()).items() if count > 1}
+    if shared:
+        raise InputError(f"{table}: two rows name the folder {min(shared)!r}; expected one")
+    return folder_of
+
+
+def _list_shots(folder, left_out):
+    """Return {shot: path} of a person's folder: one file per shot, whatever its suffix."""
+    shots = {}
+    # Sorted: if one shot has two files, every machine takes the same one.
+    for name in sorted(os.listdir(folder)):
+        if is_tool_name(name):
+            continue
+        path, shot = os.path.join(folder, name), os.path.splitext(name)[0]
+        reason = why_left_out(path)
+        if not reason and shot not in MASK_OF_SHOT:
+            reason = "not one of the seven shots"
+        if reason or shot in shots:
+            left_out.append((path, reason or "a second file of a shot"))
+        else:
+            shots[shot] = path
+    return shots
 
 
 def _fix_labels(photos):

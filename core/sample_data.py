@@ -58,7 +58,11 @@ def _is_drawn(root, record):
     if not found.is_file():
         raise InputError(f"{root}: exists and is not the sample dataset; move it away, or pass "
                          f"--data_dir")
-    if json.loads(found.read_text()) != record:
+    try:
+        is_same = json.loads(found.read_text()) == record
+    except ValueError:  # damaged
+        is_same = False
+    if not is_same:
         raise InputError(f"{root}: holds another version of the sample dataset; delete the folder "
                          f"to draw it again")
     return True

@@ -420,6 +420,10 @@ def test_flags_can_come_from_a_file_with_comments(tmp_path):
     assert (args.model, args.resize, args.fix_labels) == ("resnet18", [32, 24], False)
     assert args.output_dir == "my results"
     assert explicit == {"model", "resize", "output_dir", "fix_labels"}
+    # A "#" inside a word is no comment, and an editor on Windows writes a byte order mark.
+    (tmp_path / "flags.txt").write_text("\ufeff--epochs 2 # it's short\n# all\n--model_dir run#2\n")
+    args, _ = train.parse_args([f"@{tmp_path}/flags.txt"])
+    assert (args.epochs, args.output_dir) == (2, "run#2")
 
 
 def test_a_bad_value_in_a_flag_file_is_named(command, dataset, tmp_path):

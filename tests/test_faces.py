@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from conftest import FAST, write_photo
 from PIL import Image
+from torch.nn import functional as F
 
 import core.faces
 import core.framing
@@ -20,10 +21,11 @@ from core.checkpoint import read_config
 from core.drawing import MASK_COLORS, drawn_path
 from core.errors import InputError
 from core.faces import BOX, find_detector, find_faces
-from core.framing import frame, measure_framing, record_framing
+from core.framing import FramedPhotos, frame, measure_framing, record_framing
 from core.labels import MASKS, PROBABILITIES
 from core.layout import read_train
 from core.sample_people import draw_photo, invent_person
+from dataset import CropResize
 
 FRAMING = {"x": 0.5, "y": 0.4, "height": 0.5, "aspect": 0.75}
 PINK = (255, 0, 255)
@@ -100,6 +102,22 @@ def test_frame_puts_the_face_where_it_is_in_training_photos():
     # middle of the columns and at 0.4 of the rows: columns 25 to 54, rows 34 to 73.
     framed = frame(numbered(), (34, 40, 12, 20), FRAMING)
     assert (framed == numbered()[34:74, 25:55]).all()
+
+
+def test_a_face_that_fills_a_large_photo_is_shrunk_before_it_is_framed(tmp_path):
+    Image.fromarray(cv2.resize(numbered(), (2400, 3000))).save(tmp_path / "large.png")
+    photos = pd.DataFrame({"path": [tmp_path / "large.png"], "left": [600.0], "top": [500.0],
+                           "width": [1200.0], "height": [2000.0]})
+    whole, shrunk = (FramedPhotos(photos, CropResize((size, size)), FRAMING)[0][0].float()
+                     for size in (400, 32))  # 400: the frame is 4,000 of at most 2,400 rows
+    assert (F.interpolate(whole.permute(2, 0, 1)[None], (32, 32), mode="area")[0].permute(1, 2, 0)
+            - shrunk).abs().mean() < 1.0
+
+
+def test_a_checkpoint_without_framing_does_not_need_its_training_photos(copy, pink_detector):
+    shutil.rmtree(next((copy / "train" / "images").iterdir()))
+    config = {"train_dir": str(copy / "train")}
+    assert core.framing._training_framing(config, "pink.onnx") is None
 
 
 def test_frame_repeats_the_edge_outside_the_photo():
@@ -290,6 +308,7 @@ def test_drawings_stay_in_their_folder_and_never_replace_a_photo(checkpoint, pho
     Image.new("RGB", (40, 50)).save(photos / "own.jpg")
     before = (photos / "own.jpg").read_bytes()
     for folder, problem in [(photos, "would replace the photo .*own.jpg"),
+                            (photos / "drawn", "is inside .*, where the next run would take"),
                             (photos / "own.jpg", "not a folder that can be written in")]:
         with pytest.raises(InputError, match=f"--draw .*{problem}"):
             predict(tmp_path, "--model_dir", checkpoint, "--data_dir", photos, "--draw", folder)

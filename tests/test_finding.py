@@ -11,7 +11,7 @@ from photo_files import JPEG, PNG
 
 import inference
 from core.errors import InputError
-from core.layout import list_images, read_eval, read_train
+from core.layout import find_part, list_images, read_eval, read_train
 
 SUFFIXES = ["jpg", "JPEG", "jpe", "jfif", "Png", "bmp", "webp", "tif", "TIFF", "gif"]
 
@@ -269,3 +269,10 @@ def test_the_photos_of_the_train_part_are_predicted_if_it_is_named(run_inference
     prefix = "images/" if inside == "train" else ""
     assert ids[0] == f"{prefix}{make_people(24)[0]}/incorrect_mask.jpg"
     assert not (tmp_path / "submission.csv").exists()
+
+
+def test_a_folder_named_images_beside_a_dataset_is_not_that_dataset(copy):
+    (copy / "holiday" / "images").mkdir(parents=True)
+    for part in ("train", "eval"):
+        assert find_part(copy / "train" / "images", part) == copy / part
+        assert find_part(copy / "holiday" / "images", part) is None

@@ -160,15 +160,19 @@ def zeros_inside(data, count):
 
 
 END = b"\xff\xd9"
+# Phones append a video, in which any two bytes occur.
+VIDEOS = [b"\0\0\0\x18ftypmp42" + np.random.default_rng(i).bytes(300_000) for i in range(4)]
 DAMAGED = {
     "cut": cut(PLAIN) + END, "zero-filled": cut(PLAIN) + bytes(20_000) + END,
     "hole": cut(PLAIN) + PLAIN[len(PLAIN) // 2 + 4096:], "zeros": zeros_inside(PLAIN, 4096),
     "interval": zeros_inside(RESTART, 2000), "scan": cut(PROGRESSIVE) + END,
-    "half gray": cut(GRAY) + END, "half cmyk": cut(CMYK) + END,
+    "end": PLAIN[:-2] + VIDEOS[0], "half gray": cut(GRAY) + END, "half cmyk": cut(CMYK) + END,
 }
 SOUND = {
     "plain": PLAIN, "restart": RESTART, "progressive": PROGRESSIVE, "gray": GRAY, "cmyk": CMYK,
-    "video behind": PLAIN + b"\0\0\0\x18ftypmp42" + bytes(5000), "zeros behind": GRAY + bytes(9000),
+    "video": PLAIN + VIDEOS[0], "video 2": PROGRESSIVE + VIDEOS[1], "video 3": RESTART + VIDEOS[2],
+    "video 4": GRAY + VIDEOS[3],
+    "zeros behind": GRAY + bytes(9000),
     "padding": in_jpeg(b"\xff\xff\xff"), "odd bytes": PLAIN[:-2] + b"\x12\x34\x56" + END,
 }
 

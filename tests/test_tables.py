@@ -148,6 +148,11 @@ def test_names_that_look_equal_are_equal(tmp_path, on_disk, in_table):
     read = read_eval(root)
     assert read.ImageID.tolist() == table.ImageID.tolist()
     assert [path.rpartition("/")[2] for path in read.path] == [f"{name}.jpg" for name in people]
+    # Both forms in info.csv would be two rows for one photo.
+    names = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    (root / "eval" / "info.csv").write_text(f"ImageID\n{names[0]}.jpg\n{names[1]}.jpg\n")
+    with pytest.raises(InputError, match=r"two ImageIDs name the file .*; expected one"):
+        read_eval(root)
 
 
 def test_two_names_that_look_equal_are_two_people_if_both_folders_exist(tmp_path):

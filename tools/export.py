@@ -20,7 +20,7 @@ def main(argv=None):
     args = parse_args(argv)
     checkpoint = find_checkpoint(args.model_dir)
     path = Path(args.output or checkpoint / "model.onnx")
-    check_output(path)
+    check_output(path, suffix=".onnx")
     difference = export_onnx(*load_model(checkpoint), checkpoint, path)
     print(f"wrote {path}: probabilities within {difference:.1e} of torch's")
     print(f"next: {script('inference.py')} --model_dir={shlex.quote(args.model_dir)} "
