@@ -61,7 +61,7 @@ def main(argv=None):
         if is_eval:
             raise InputError("--on_bad_image skip: a submission needs all rows of the eval part; "
                              "restore the photo, or pass other photos with --data_dir")
-        photos = distributed.from_main_process(drop_bad_images, photos)
+        photos = distributed.run_on_main_process(drop_bad_images, photos)
         if photos.empty:
             raise InputError(f"{data_dir}: none of its photos can be decoded")
     predictors = [create_predictor(checkpoint, args.engine, args.amp, device)

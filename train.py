@@ -77,10 +77,10 @@ def main(argv=None):
     # Data: read the photos, split them by person, and define the batches of the whole run.
     with distributed.main_process_first():
         data_dir, kind = choose_data(args.data_dir)
-    use_dataset_defaults(args, kind, explicit)
+    set_defaults(args, kind, explicit)
     photos = read_train(data_dir, args.fix_labels)
     if args.on_bad_image == "skip":
-        photos = distributed.from_main_process(drop_bad_images, photos)
+        photos = distributed.run_on_main_process(drop_bad_images, photos)
     train_photos, valid_photos = split_people(photos, args.val_ratio, args.seed, args.n_folds,
                                               args.fold)
     crop_resize = CropResize(args.resize, args.crop)
@@ -167,13 +167,13 @@ def main(argv=None):
             # Wait for all processes: torchrun kills the others when the first one exits.
             distributed.all_gather_object(None)
             sys.exit(128 + signal_number)
-        if run_folder.is_exhausted(state, args.patience) and step < total_steps:
+        if run_folder.should_stop_early(state, args.patience) and step < total_steps:
             log.info(f"stopped early: no better macro F1 in {args.patience} evaluations")
             break
 
     # The best checkpoint: its score with an interval, its figures, and the next command.
     reporter.close()
-    reporter.log_result()
+    reporter.report_results()
     distributed.cleanup()
 
 
@@ -265,7 +265,7 @@ def evaluate(trainer, loader, photos, tta):
     return predictions
 
 
-def use_dataset_defaults(args, kind, explicit):
+def set_defaults(args, kind, explicit):
     """Set the defaults that depend on the dataset or on flags; given flags stay as they are."""
     defaults = {name: value for name, value in DATASET_DEFAULTS.get(kind, {}).items()
                 if name not in explicit}

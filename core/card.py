@@ -16,7 +16,7 @@ from core.framing import describe_framing
 from core.labels import AGES, GENDERS, MASKS, PROBABILITIES, decode
 from core.plots import save_curves, save_reliability
 
-PEOPLE = [f"{gender}, {age}" for gender in GENDERS for age in AGES]  # groups of people
+GROUP_NAMES = [f"{gender}, {age}" for gender in GENDERS for age in AGES]  # groups of people
 
 INTRO = """\
 An image classifier with 18 classes: mask worn, worn incorrectly or not worn; apparent gender (male,
@@ -121,7 +121,7 @@ def describe_groups(predictions, race):
     mask, gender, age = (part.to_numpy() for part in decode(predictions.label))
     right = (predictions.label == predictions["ans"]).to_numpy()
     race = race.str.replace("|", "/").replace("", "unknown").to_numpy()
-    groups = {name: gender * len(AGES) + age == k for k, name in enumerate(PEOPLE)}
+    groups = {name: gender * len(AGES) + age == k for k, name in enumerate(GROUP_NAMES)}
     cells = {f"{name}, {state}": where & (mask == k)
              for name, where in groups.items() for k, state in enumerate(MASKS)}
     races = {name: race == name for name in sorted(set(race))}
@@ -173,10 +173,10 @@ def describe_data(state, train_photos, valid_photos):
     rows = []
     for name, photos in [("training", train_photos), ("validation", valid_photos)]:
         people = photos.drop_duplicates("person")
-        counts = np.bincount(people.gender * len(AGES) + people.age, minlength=len(PEOPLE))
+        counts = np.bincount(people.gender * len(AGES) + people.age, minlength=len(GROUP_NAMES))
         rows.append([name, len(photos), len(people), *counts])
     soft = ", and of the files of --soft_targets" if state.args.get("soft_targets") else ""
-    return (f"## Data\n\n{as_table(['', 'photos', 'people', *PEOPLE], rows)}\n\n"
+    return (f"## Data\n\n{as_table(['', 'photos', 'people', *GROUP_NAMES], rows)}\n\n"
             f"SHA-256 of people, shots, ages and labels{soft}: `{state.data}`")
 
 

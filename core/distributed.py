@@ -134,7 +134,7 @@ def all_gather_object(value):
     return values
 
 
-def from_main_process(function, *args):
+def run_on_main_process(function, *args):
     """Call a function in process 0 alone; return its picklable result in all processes."""
     return all_gather_object(function(*args) if rank() == 0 else None)[0]
 

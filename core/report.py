@@ -108,7 +108,7 @@ class Reporter:
         """Report the newest evaluation: a log line, TensorBoard and log.jsonl.
 
         Of the best one also keep the predictions in the results folder, and write figures and
-        card, at most once a minute; `log_result` writes these at the end.
+        card, at most once a minute; `report_results` writes these at the end.
         """
         self.restart_clock()
         if not self.is_main:
@@ -144,7 +144,7 @@ class Reporter:
         lines = "".join(json.dumps(metrics) + "\n" for metrics in self.state.history)
         (self.output_dir / "log.jsonl").write_text(lines)
 
-    def log_result(self):
+    def report_results(self):
         """Report the best checkpoint: its score with interval, its figures, and the next command.
         """
         if not self.is_main:

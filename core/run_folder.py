@@ -136,7 +136,7 @@ def open_run(args, state, argv):
 
 def last_step(state, total_steps, patience):
     """Return the last step to train; if the run is complete, log that and return its step."""
-    if state.step < total_steps and not is_exhausted(state, patience):
+    if state.step < total_steps and not should_stop_early(state, patience):
         return total_steps
     log.info(f"the run is complete: step {state.step}/{total_steps}; to continue, pass more "
              f"--epochs, or --patience 0 if it stopped early")
@@ -176,7 +176,7 @@ def resume_run(output_dir, state):
     if not list_checkpoints(output_dir):
         log.info(f"no checkpoint to resume from in {output_dir}: starting from step 0")
         return None
-    folder, before, training_state = last_intact_checkpoint(output_dir)
+    folder, before, training_state = latest_valid_checkpoint(output_dir)
     unknown = before.args.keys() - state.args.keys()
     if unknown:
         raise InputError(f"--resume: {folder} is of another version of train.py, which had "
@@ -203,7 +203,7 @@ def resume_run(output_dir, state):
     return training_state
 
 
-def last_intact_checkpoint(output_dir):
+def latest_valid_checkpoint(output_dir):
     """Return (folder, trainer state, training state) of the last checkpoint that can be read.
 
     Damaged checkpoints after it are named; `prune_checkpoints` deletes them later.
@@ -236,7 +236,7 @@ def update_best(state):
         state.best_step, state.best_macro_f1 = newest["step"], newest["macro_f1"]
 
 
-def is_exhausted(state, patience):
+def should_stop_early(state, patience):
     """Return whether the last `patience` evaluations brought no improvement; never for 0."""
     # Evaluations after the best one; before the first evaluation best_step is None.
     since_best = [metrics for metrics in state.history

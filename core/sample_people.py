@@ -15,7 +15,7 @@ SKINS = ((252, 224, 200), (238, 196, 164), (214, 164, 124), (160, 108, 76), (104
 DARK_HAIR = ((24, 20, 22), (46, 32, 28), (78, 52, 36), (108, 70, 44))
 LIGHT_HAIR = ((206, 166, 100), (226, 196, 140), (170, 66, 40), (196, 90, 140), (80, 110, 180))
 GREY_HAIR = ((150, 150, 152), (184, 184, 186), (222, 222, 220), (238, 236, 230))
-MASKS = ((244, 246, 248), (150, 196, 226), (40, 42, 48), (240, 180, 196), (70, 90, 140))
+MASK_COLORS = ((244, 246, 248), (150, 196, 226), (40, 42, 48), (240, 180, 196), (70, 90, 140))
 INK = (30, 16, 16)
 CURVE_STEPS = np.linspace(0, 1, 6, endpoint=False)[:, None, None]
 
@@ -97,7 +97,7 @@ def draw_photo(person, state, rng):
         draw_mask(head, state, rng)
     draw_eyes(head, person)
     draw_front_hair(head, person)
-    return develop(image.reduce(2), rng)
+    return add_camera_effects(image.reduce(2), rng)
 
 
 class Pen:
@@ -211,7 +211,7 @@ def draw_mask(pen, state, rng):
         below_mouth = (rng.uniform(0.94, 1.0), 1.7, 0.84)
         below_nose = (rng.uniform(0.62, 0.7), 1.48, 0.92)
         top, bottom, half = below_mouth if rng.random() < 0.5 else below_nose
-    colour = vary(rng, MASKS[rng.integers(len(MASKS))], 10)
+    colour = vary(rng, MASK_COLORS[rng.integers(len(MASK_COLORS))], 10)
     dark = mix(colour, (40, 40, 60), 0.28)
     # Upper and lower edge, bent around nose and chin.
     xs = np.linspace(-half, half, 11)
@@ -255,7 +255,7 @@ def draw_front_hair(pen, person):
                      (0.9, -0.45), (0.78, line + 0.12), (0.4, line), (0, line)]), person.hair, 0.1)
 
 
-def develop(photo, rng):
+def add_camera_effects(photo, rng):
     """Add blur, a colour cast and sensor noise; change the brightness."""
     if rng.random() < 0.5:
         photo = photo.filter(ImageFilter.BoxBlur(rng.uniform(0.3, 1.2)))

@@ -52,7 +52,7 @@ class LossHistory:
         return mean
 
 
-class WeightAverage(ModelEmaV3):
+class ModelEma(ModelEmaV3):
     """timm's moving average of the weights, whose decay rises during the first steps.
 
     timm's `update` lists the tensors of all modules in each step; this one lists them once and
@@ -100,7 +100,7 @@ class Trainer:
         # bfloat16 has the range of float32 and needs no loss scaling; float16 does.
         use_float16 = self.amp is not False and half_precision(self.device) == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=use_float16)
-        self.ema = WeightAverage(self.model, self.ema_decay) if self.ema_decay else None
+        self.ema = ModelEma(self.model, self.ema_decay) if self.ema_decay else None
         self.losses = LossHistory()
 
     @property

@@ -21,9 +21,9 @@ from core.errors import InputError
 from core.files import write_json
 from core.layout import choose_data, dataset_folders
 from core.optim import default_rate, learning_rate
-from core.run_folder import is_exhausted, prune_checkpoints, update_best
-from core.trainer import WeightAverage, explain_out_of_memory
-from train import parse_args, use_dataset_defaults
+from core.run_folder import prune_checkpoints, should_stop_early, update_best
+from core.trainer import ModelEma, explain_out_of_memory
+from train import parse_args, set_defaults
 
 RUN = [*FAST, "--epochs", "1", "--lr", "3e-3", "--eval_steps", "5"]
 FILES = ("model.safetensors", "trainer_state.json", "valid_predictions.csv")
@@ -255,7 +255,8 @@ def test_best_is_by_macro_f1_and_survives_pruning(tmp_path):
         prune_checkpoints(tmp_path, state, keep_last=1)
     assert state.best_step == 2 and state.best_macro_f1 == 0.7
     assert checkpoint_names(tmp_path) == ["checkpoint-2", "checkpoint-5"]
-    assert is_exhausted(state, 3) and not is_exhausted(state, 4) and not is_exhausted(state, 0)
+    assert should_stop_early(state, 3)
+    assert not should_stop_early(state, 4) and not should_stop_early(state, 0)
 
 
 # --- what a run writes and says ---
@@ -369,7 +370,7 @@ def test_dataset_defaults_apply_only_to_flags_that_were_not_given():
         ("own", set(), {"lr": 2e-3}),
     ]:
         args = SimpleNamespace(**before)
-        use_dataset_defaults(args, kind, explicit)
+        set_defaults(args, kind, explicit)
         assert vars(args) == before | changed
 
 
@@ -409,7 +410,7 @@ def test_learning_rate_by_hand():
 
 def test_the_average_of_the_weights_is_that_of_timm():
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
-    average = WeightAverage(model, 0.9)
+    average = ModelEma(model, 0.9)
     reference = ModelEmaV3(model, decay=0.9, use_warmup=True)
     for step in range(1, 30):
         model(torch.randn(2, 3, 8, 8))  # batch norm counts, and moves its statistics
