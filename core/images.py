@@ -46,10 +46,7 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow would warn at half of that; _decode has 
 # With IMREAD_COLOR_RGB these flags give colours, in spite of their names.
 REDUCED_FLAGS = {1: 0, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
                  8: cv2.IMREAD_REDUCED_GRAYSCALE_8}
-ORIENTATION = 0x0112
-# TIFF tags that say how the pixels are stored, and the orientation.
-PIXEL_TAGS = {*range(254, 260), 262, 266, ORIENTATION, *range(273, 280), 284, 292, 293, 317, 320,
-              *range(322, 326), 330, 338, 339, 347, *range(512, 522), *range(529, 533)}
+ORIENTATION = 0x0112  # a tag of EXIF
 
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
@@ -140,7 +137,13 @@ def _decode(path, min_size=(math.inf, math.inf)):
 
 
 def _decode_bytes(path, data, min_size):
-    data, orientation, header = _without_metadata(data)
+    data, orientation, header = data.lstrip(b"\r\n"), 0, None  # web servers add line breaks
+    is_jpeg = data.startswith(b"\xff\xd8\xff")
+    if is_jpeg:
+        orientation, header = _read_jpeg_header(data)
+    elif data.startswith(b"\x89PNG\r\n\x1a\n"):
+        data, orientation = _without_png_metadata(data)
+    # Most JPEGs do not need Pillow: their header gives size and mode.
     image = None if header else Image.open(io.BytesIO(data), formats=FORMATS)
     width, height, mode = header or (*image.size, image.mode)
     if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
@@ -148,7 +151,7 @@ def _decode_bytes(path, data, min_size):
                          f"{MIN_SIDE} and at most {MAX_PIXELS:,} pixels; remove or resize it")
     facts, damage = (f"{width} x {height}", mode), ""
     # OpenCV decodes JPEGs twice as fast as Pillow, with the same pixels.
-    if data.startswith(b"\xff\xd8\xff"):
+    if is_jpeg:
         if orientation >= 5:  # width and height change places
             min_size = min_size[::-1]
         factor = max(n for n in REDUCED_FLAGS if n == 1 or (
@@ -253,37 +256,13 @@ def _rotate(pixels, orientation):
 
 # --- metadata ---
 
-def _without_metadata(data):
-    """Take out of a file what is not needed for the pixels and may break a decoder.
-
-    Returns (file, orientation or 0, header). The header is (width, height, Pillow's mode) for most
-    JPEGs, else None.
-    """
-    if data[:1] in (b"\r", b"\n"):  # some web servers add line breaks before the photo
-        data = data.lstrip(b"\r\n")
-    if data.startswith(b"\xff\xd8\xff"):
-        return _without_jpeg_segments(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return *_without_png_chunks(data), None
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return *_without_webp_chunks(data), None
-    if data.startswith((b"II*\0", b"MM\0*")):
-        changed = bytearray(data)
-        for offset, tag, _, _ in _tiff_entries(data):
-            if tag not in PIXEL_TAGS:  # tag 0xFFFF of type 0 is skipped by Pillow
-                changed[offset:offset + 8] = b"\xff\xff\0\0\0\0\0\0"
-        return bytes(changed), 0, None  # Pillow turns the photo itself
-    return data, 0, None
-
-
-def _without_jpeg_segments(data):
-    parts, position, orientation, header = [data[:2]], 2, 0, None
+def _read_jpeg_header(data):
+    """Return (orientation or 0, (width, height, Pillow's mode) or None if they are not found)."""
+    position, orientation, header = 2, 0, None
     while data[position:position + 1] == b"\xff":
         marker = data[position + 1] if position + 1 < len(data) else 0xDA
         if marker == 0xDA:  # start of scan: the pixels
-            if sum(map(len, parts)) < position:  # something is left out
-                data = b"".join([*parts, data[position:]])
-            return data, orientation, header
+            return orientation, header
         if marker == 0xFF:  # padding
             position += 1
             continue
@@ -294,15 +273,15 @@ def _without_jpeg_segments(data):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(segment) >= 10:
             _, height, width, channels = struct.unpack(">BHHB", segment[4:10])
             header = width, height, {1: "L", 3: "RGB"}.get(channels, "CMYK")
-        # Of application data and comments only JFIF and Adobe (12 bytes) change the colours.
-        is_adobe = marker == 0xEE and len(segment) >= 16
-        if is_adobe or not (0xE1 <= marker <= 0xEF or marker == 0xFE):
-            parts.append(segment)
         position = end
-    return data, orientation, header
+    return orientation, header
 
 
-def _without_png_chunks(data):
+def _without_png_metadata(data):
+    """Return (file, orientation or 0); ValueError if chunks of the pixels are damaged.
+
+    Pillow refuses sound pixels for what other chunks hold, and does not compare all checksums.
+    """
     parts, position, orientation = [data[:8]], 8, 0
     while position + 8 <= len(data) and parts[-1][4:8] != b"IEND":
         length, kind = struct.unpack(">I4s", data[position:position + 8])
@@ -323,46 +302,22 @@ def _without_png_chunks(data):
     return b"".join(parts), orientation
 
 
-def _without_webp_chunks(data):
-    parts, position, orientation = [data[:12]], 12, 0
-    while position + 8 <= len(data):
-        kind, length = struct.unpack("<4sI", data[position:position + 8])
-        chunk = data[position:position + 8 + length + length % 2]
-        position += 8 + length + length % 2
-        if kind == b"EXIF":
-            orientation = orientation or _orientation(chunk[8:])
-        elif kind == b"VP8X":  # its flags say which other chunks there are
-            parts.append(chunk[:8] + bytes([chunk[8] & 0b00010010]) + chunk[9:])
-        elif kind in (b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"):
-            parts.append(chunk)
-    data = b"".join(parts)
-    return data[:4] + struct.pack("<I", len(data) - 8) + data[8:], orientation
-
-
 def _orientation(exif):
     """Return the orientation 1..8 in a block of EXIF data, or 0 if there is none."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
-    for offset, tag, kind, order in _tiff_entries(exif):
-        if tag == ORIENTATION and kind in (3, 4):  # unsigned, 16 or 32 bits
-            size = 2 if kind == 3 else 4
-            value = int.from_bytes(exif[offset + 8:offset + 8 + size],
-                                   "little" if order == "<" else "big")
-            return value if value <= 8 else 0
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(exif[:4])
+    if order is None:
+        return 0
+    with contextlib.suppress(struct.error):  # the block is cut
+        start, = struct.unpack_from(order + "I", exif, 4)
+        count, = struct.unpack_from(order + "H", exif, start)
+        for offset in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(order + "HH", exif, offset)
+            if tag == ORIENTATION and kind in (3, 4):  # unsigned, 16 or 32 bits
+                value, = struct.unpack_from(order + {3: "H", 4: "I"}[kind], exif, offset + 8)
+                return value if value <= 8 else 0
     return 0
-
-
-def _tiff_entries(data):
-    """Yield (offset, tag, type, byte order) of the entries in the first directory of a TIFF."""
-    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[:4])
-    if order is None or len(data) < 8:
-        return
-    start = struct.unpack(order + "I", data[4:8])[0]
-    if start + 2 > len(data):
-        return
-    count = struct.unpack(order + "H", data[start:start + 2])[0]
-    for offset in range(start + 2, min(start + 2 + 12 * count, len(data) - 11), 12):
-        yield offset, *struct.unpack(order + "HH", data[offset:offset + 4]), order
 
 
 # --- checking a whole dataset ---
