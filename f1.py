@@ -19,7 +19,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # missing with P
 
 from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
-from core.evaluation import describe_interval, draw_people
+from core.evaluation import MIN_PEOPLE, describe_interval, draw_people
 from core.labels import ATTRIBUTES, CLASS_NAMES, NUM_CLASSES, PROBABILITIES, decode
 from core.tables import read_table
 
@@ -156,7 +156,9 @@ def report(labels, predictions, people=None):
 def _units(people, labels):
     """Return (what a bootstrap draws, their number, their name): people, or photos without them."""
     if people is None:
-        unit = "photos (no person column: too narrow if people have several photos)"
+        unit = "photos"
+        if len(labels) >= MIN_PEOPLE:
+            unit += " (no person column: too narrow if people have several photos)"
         return np.arange(len(labels)), len(labels), unit
     return people, len(set(people)), "people"
 
@@ -165,9 +167,12 @@ def match(submission_path, answers_path):
     """Return a submission and its answers as one table, like `read_pooled`.
 
     Raises:
-        InputError: if the files have different ids, and as `read_answers`.
+        InputError: if the files have different ids, if the answers have people in some rows only,
+            and as `read_answers`.
     """
     submission, answers = read_answers(submission_path), read_answers(answers_path)
+    if "person" in answers:
+        read_table(answers_path, ["ImageID", "ans", "person"])
     for path, extra, other in [
         (submission_path, submission.index.difference(answers.index), answers_path),
         (answers_path, answers.index.difference(submission.index), submission_path),
@@ -183,13 +188,9 @@ def read_answers(path):
     """Return the column `ans` (int) of a submission or answer file, indexed by ImageID.
 
     Raises:
-        InputError: for a missing column, a repeated ImageID, an ans that is not 0..17, or a row
-            without a value in the column person, if there is one.
+        InputError: for a missing column, a repeated ImageID, or an ans that is not 0..17.
     """
-    columns = ["ImageID", "ans"]
-    table = read_table(path, columns, key="ImageID")
-    if "person" in table.columns:
-        table = read_table(path, [*columns, "person"])
+    table = read_table(path, ["ImageID", "ans"], key="ImageID")
     return _classes_as_int(table, "ans", path).set_index("ImageID")
 
 

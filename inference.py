@@ -158,7 +158,7 @@ def create_predictor(checkpoint, engine, amp, device):
             if not has_current_onnx(checkpoint):
                 if not os.access(checkpoint, os.W_OK):  # such as an input folder of Kaggle
                     path = Path(folder, "model.onnx")
-                print(f"exporting {path}, once", flush=True)
+                print(f"exporting {path}", flush=True)
                 export_onnx(*load_model(checkpoint), checkpoint, path)
             return onnx_predictor(path)
     model, config = load_model(checkpoint)
@@ -252,7 +252,8 @@ def parse_args(argv=None):
     add("--model_weights", nargs="+", type=in_range(float, 0),
         help="weight of each --model_dir in the mean (default: equal)")
     add("--tta", choices=["none", "hflip"],
-        help="hflip: average a photo and its mirror image (default: as trained)")
+        help="hflip: average the predictions of a photo and its mirror image "
+             "(default: as trained)")
     add("--engine", choices=["torch", "onnxruntime"], default="torch",
         help="onnxruntime: faster on a CPU, needs requirements-onnx.txt")
 

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # a terminal that is closed; not on Windows
     STOP_SIGNALS.append(signal.SIGHUP)
+# A quoted or escaped text, which is kept, or a comment.
+COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""")
 log = logging.getLogger("mask")
 
 
@@ -42,7 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line):
         # As in a shell, "#" inside a word is part of it. Editors on Windows write a BOM.
-        return shlex.split(re.sub(r"(^|\s)#.*", "", line.removeprefix("\ufeff")))
+        return shlex.split(COMMENT.sub(lambda found: found[1] or "", line.removeprefix("\ufeff")))
 
     def parse_known_args(self, args=None, namespace=None):
         try:

@@ -92,10 +92,11 @@ def check_output(*paths, suffix=".csv"):
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise InputError(f"{path}: is read-only; choose another file")
         # A slip must not replace a photo, a model or a table of the dataset.
-        if os.path.isfile(path) and not _is_stream(path) and (
-                Path(path).suffix.lower() != suffix or Path(path).name in DATASET_TABLES):
-            raise InputError(f"{path}: exists, and is not a {suffix} file that an earlier run "
-                             f"wrote; choose another file, or delete it")
+        target = Path(os.path.realpath(path))
+        is_ours = target.suffix.lower() == suffix and target.name not in DATASET_TABLES
+        if target.is_file() and not (is_ours or _is_stream(path) or target.stat().st_size == 0):
+            raise InputError(f"{path}: would be replaced, but is not a {suffix} file of "
+                             f"predictions; choose another file, or delete it")
 
 
 def write_json(path, value):

@@ -116,8 +116,8 @@ def choose_framings(face, face_model, is_eval, configs):
                     for config in configs]
         if None not in framings:
             return file, framings, ""
-        reason = ("the checkpoint has no framing of faces, and its training photos are missing or "
-                  "show too few faces; train again with the detector installed")
+        reason = ("the checkpoint has no framing of faces, and its training photos are missing, "
+                  "cannot be read or show too few faces; train again with the detector installed")
     if face:
         raise InputError(f"--face: {reason}")
     return None, nothing, reason
@@ -191,8 +191,9 @@ class FramedPhotos(Dataset):
             # A face that fills a photo of many megapixels would need gigabytes for its frame.
             scale = 4 * self.crop_resize.min_size[0] / (box[3] / self.framing["height"])
             if scale < 1:
-                pixels, box = cv2.resize(pixels, None, fx=scale, fy=scale,
-                                         interpolation=cv2.INTER_AREA), box * scale
+                size = [max(round(length * scale), 1) for length in pixels.shape[1::-1]]
+                pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+                box = box * scale
             pixels = frame(pixels, box, self.framing)
         return (torch.from_numpy(self.crop_resize(pixels)),)
 

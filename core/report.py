@@ -37,8 +37,7 @@ def log_data(train_photos, valid_photos, class_weight):
     for part, photos in parts.items():
         missing = [name for label, name in enumerate(CLASS_NAMES) if label not in set(photos.label)]
         if len(photos) and missing:
-            log.warning(f"warning: no {part} photo of {', '.join(missing)}: such a class counts 0 "
-                        f"in macro F1")
+            log.warning(f"warning: no {part} photo of {'; '.join(missing)}")
 
 
 def log_run(args, model, device, total_steps):

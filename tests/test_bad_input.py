@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 import train
 from core.errors import InputError, explain_error
-from core.run_folder import open_output_dir
+from core.run_folder import open_output_dir, write_args
 from model import MODELS
 
 # Flags that continue the run of the fixture `trained`.
@@ -424,6 +424,10 @@ def test_flags_can_come_from_a_file_with_comments(tmp_path):
     (tmp_path / "flags.txt").write_text("\ufeff--epochs 2 # it's short\n# all\n--model_dir run#2\n")
     args, _ = train.parse_args([f"@{tmp_path}/flags.txt"])
     assert (args.epochs, args.output_dir) == (2, "run#2")
+    for name in ["a #1/b", "it's #1", 'two "quotes" # 2', "run#2"]:
+        args.output_dir, args.data_dir = str(tmp_path), name
+        write_args(args)
+        assert train.parse_args([f"@{tmp_path}/args.txt"])[0].data_dir == name
 
 
 def test_a_bad_value_in_a_flag_file_is_named(command, dataset, tmp_path):

@@ -83,7 +83,7 @@ def test_the_card_is_written_again_after_each_best_evaluation(dataset, tmp_path,
                 "--eval_steps", "3"])
     # Not after step 6, and the run did not stop for the error.
     assert written == [3, 9]
-    assert "no validation photo of wear, male, >=60, incorrect, male, >=60" in lines.pop(0)
+    assert "no validation photo of wear, male, >=60; incorrect, male, >=60" in lines.pop(0)
     assert lines == [f"warning: {folder}: figures and README.md are incomplete (ValueError: bug in "
                      f"the card)"] * 2
 

@@ -14,7 +14,7 @@ from f1 import (
     class_f1,
     compare,
     macro_f1,
-    read_answers,
+    match,
     report,
     score,
     summarize,
@@ -133,7 +133,7 @@ def test_written_probabilities_give_the_same_log_loss(tmp_path):
 def test_answers_with_a_row_without_a_person_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("ImageID,ans,person\na,1,p\nb,2,\n")
     with pytest.raises(InputError, match=r"a\.csv, line 3: no person"):
-        read_answers(tmp_path / "a.csv")
+        match(tmp_path / "a.csv", tmp_path / "a.csv")
 
 
 def test_folds_are_pooled_and_compared_on_the_same_people(command, tmp_path):

@@ -258,8 +258,15 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(trained, tm
 @pytest.mark.parametrize("name", ["photo.jpg", "model.safetensors", "answers.csv", "info.csv"])
 def test_an_input_is_not_replaced_by_an_output(tmp_path, name):
     (tmp_path / name).write_text("precious")
-    with pytest.raises(InputError, match=f"{name}: exists, and is not a .csv file that an earlier"):
+    with pytest.raises(InputError, match=f"{name}: would be replaced, but is not a .csv file"):
         check_output(tmp_path / name)
+    (tmp_path / "link.csv").symlink_to(name)
+    with pytest.raises(InputError, match=r"link.csv: would be replaced"):
+        check_output(tmp_path / "link.csv")
+    (tmp_path / "empty").touch()  # by mktemp
+    (tmp_path / "old.csv").write_text("ImageID,ans\n")
+    (tmp_path / "latest").symlink_to("old.csv")
+    check_output(tmp_path / "empty", tmp_path / "latest")
     (tmp_path / "model.onnx").write_text("old")
     check_output(tmp_path / "model.onnx", suffix=".onnx")
     assert (tmp_path / name).read_text() == "precious"

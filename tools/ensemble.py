@@ -13,6 +13,7 @@ import pandas as pd
 
 from core.cli import ArgumentParser, run_cli, script
 from core.errors import InputError
+from core.evaluation import describe_interval
 from core.files import check_output, write_atomically
 from core.labels import NUM_CLASSES, PROBABILITIES, decode, encode
 from f1 import bootstrap_interval, check_same_labels, macro_f1, read_answers, read_pooled
@@ -111,8 +112,9 @@ def weigh_runs(members):
     ]:
         low, high = bootstrap_interval(labels, predictions, people, best)
         score = macro_f1(labels, predictions)
+        interval = describe_interval(low, high, truth.person.nunique(), sign="+")
         print(f"{name}: macro F1 {score:.4f}, {score - max(scores):+.4f} against the best member "
-              f"({low:+.4f} .. {high:+.4f})")
+              f"({interval})")
     # The folds of a member share its weight.
     shares = [(str(folder), f"{weight / len(folders):.4f}")
               for weight, folders in zip(weights, runs, strict=True) for folder in folders]
