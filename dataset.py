@@ -61,14 +61,16 @@ def split_people(photos, val_ratio=0.2, seed=0, n_folds=0, fold=0):
     Raises:
         InputError: if one of them would be empty.
     """
+    # Sorted first: the split must not depend on the order of the table.
     people = photos.drop_duplicates("person").sort_values("person")
     shuffled = people.iloc[np.random.default_rng(seed).permutation(len(people))]
     ordered = shuffled.sort_values(["gender", "age"], kind="stable").person.to_numpy()
     count = len(ordered)
     if n_folds:
-        positions = np.arange(count)[fold::n_folds]
+        positions = np.arange(count)[fold::n_folds]  # spreads each group over all folds
     else:
         num_valid = round(count * val_ratio)
+        # The middles of num_valid equal parts of the list.
         positions = ((np.arange(num_valid) + 0.5) * count / max(num_valid, 1)).astype(int)
     needs_valid = n_folds or val_ratio > 0
     if len(positions) == count or (needs_valid and not len(positions)) or count < n_folds:
@@ -113,6 +115,7 @@ def add_soft_targets(photos, targets, files, data_dir):
             raise InputError(f"--soft_targets {file}: {name!r} is not in the eval part of "
                              f"{data_dir}, or not in all files; expected the same photos in all")
         values = table[PROBABILITIES].apply(pd.to_numeric, errors="coerce")
+        # Rounded probabilities may miss a sum of 1 by a little.
         wrong = ~(values.ge(0).all(axis=1) & values.sum(axis=1).between(0.99, 1.01))
         if wrong.any():
             raise InputError(f"--soft_targets {file}, line {table.index[wrong][0]}: expected "
@@ -120,7 +123,7 @@ def add_soft_targets(photos, targets, files, data_dir):
         total += values.set_index(table.ImageID).loc[added.ImageID].to_numpy()
     total /= total.sum(axis=1, keepdims=True)
     log.info(f"photos of the eval part that join training: {len(added)}")
-    _, gender, age = decode(total.argmax(axis=1))
+    _, gender, age = decode(total.argmax(axis=1))  # for the weighted sampler
     added = added.assign(gender=gender, age=age)
     targets = torch.cat([targets, torch.tensor(total, dtype=targets.dtype)])
     return pd.concat([photos, added], ignore_index=True), targets
@@ -158,6 +161,7 @@ class CropResize:
             uint8 array (height, width, 3).
         """
         if affine is None:
+            # Rounding to whole pixels moves the crop by at most half a pixel of the photo.
             top, left, height, width = (round(value) for value in self._crop_box(pixels))
             return _resize(pixels[top:top + height, left:left + width], self.size)
 
@@ -190,6 +194,7 @@ def _resize(pixels, size):
     """Resize a uint8 array (H, W, 3) bilinearly to (height, width), antialiased if it shrinks."""
     if max(pixels.shape[0] / size[0], pixels.shape[1] / size[1]) <= MAX_PLAIN_SHRINK:
         return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
+    # OpenCV has no antialiased bilinear resize; torch has, as Pillow.
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = F.interpolate(planes, size=size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
@@ -226,6 +231,7 @@ class RandomAffine:
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = np.eye(3)
         matrix[:2, :2] = rotation / zoom
+        # The middle of the result, plus the shift, shows the middle of the photo.
         matrix[:2, 2] = centre - matrix[:2, :2] @ (centre + shift)
         if is_mirrored:  # the matrix includes the flip
             matrix = matrix @ [[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]]
@@ -242,8 +248,7 @@ AUGMENTATIONS = {
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),
         A.Erasing(scale=(0.02, 0.1), fill="random", p=0.25),
     ],
-    # For photos that are framed differently from the training photos, or have lower quality: gray,
-    # small, blurred, noisy, compressed.
+    # For photos framed differently, or of lower quality: gray, small, blurred, noisy, compressed.
     "robust": lambda: [
         RandomAffine(flip=0.5, p=0.8, zoom=(0.93, 1.07), scale=(0.8, 1.25), shift=0.1, rotate=15),
         A.RandomBrightnessContrast(0.2, 0.2, p=0.5),

@@ -225,6 +225,7 @@ def read_pooled(paths, columns=()):
 
 
 def _classes_as_int(table, column, path):
+    # Compared as text: "1.0" is refused, too.
     wrong = ~table[column].isin([str(label) for label in range(NUM_CLASSES)])
     if wrong.any():
         row, line = table[wrong].iloc[0], table.index[wrong][0]
@@ -244,6 +245,7 @@ def main(argv=None):
                          f"{shlex.quote(last)} answers.csv")
     table = match(*args.tables) if is_submission else read_pooled(args.tables)
     print(report(table.label, table["ans"], table.get("person")))
+    # The same photos and people: the interval is that of the difference.
     if args.against:
         if is_submission and len(args.against) > 1:
             raise InputError("--against: expected one submission; the answers are the same")

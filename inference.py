@@ -56,6 +56,7 @@ def main(argv=None):
     all_photos = photos
     if args.draw:
         check_draw_folder(args.draw, photos, [] if is_eval else args.data_dir)
+    # Faces are framed as each member saw them in training.
     detector, framings, why_no_faces = choose_framings(args.face, args.face_model, is_eval, configs)
     if args.on_bad_image == "skip":
         if is_eval:
@@ -101,6 +102,7 @@ def main(argv=None):
         save_drawings(args.draw, photos.join(readable))
     if not is_eval:
         print(table.drop(columns=BOX, errors="ignore").head(10).to_string(index=False))
+    # Then what a reader wants to know: counts, what was left out, files, the next command.
     print(histogram(predictions, configs[0].get("class_counts")))
     skipped = len(all_photos) - photos.path.nunique()
     if skipped:
@@ -109,6 +111,7 @@ def main(argv=None):
         print(f"wrote {args.draw}: {photos.path.nunique()} photos with their predictions")
     for path in filter(None, (args.save_probs, output)):
         print(f"wrote {path}: {len(table)} rows")
+    # The sample dataset has the answers, too.
     truth = Path(data_dir) / "answers.csv"
     if is_eval and truth.is_file():
         # "./": a name may begin with "-"
@@ -134,8 +137,10 @@ def predict_members(args, predictors, configs, framings, photos, workers, device
 
 def write_table(path, table, all_photos):
     """Write a csv file and return its table; a photo that was skipped has a row without values."""
+    # One photo can have several rows, one for each face.
     table = all_photos.merge(table.drop(columns="ImageID"), how="left", on="path")
     if "ans" in table:
+        # An integer type that can be empty.
         table["ans"] = table["ans"].astype("Int64")
     table = table.drop(columns="path")
     with write_atomically(path) as temporary:

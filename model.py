@@ -64,6 +64,7 @@ def create_model(name, size, weights="none", dropout=0.0):
     if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters.values()):
         kwargs = {key: kwargs[key] for key in kwargs.keys() & parameters.keys()}
     is_timm_name = getattr(build, "func", None) is timm.create_model
+    # For messages: "resnet" is timm's resnet50.
     timm_name = build.args[0] if is_timm_name else name
     try:
         with hub_access(is_imagenet):

@@ -83,6 +83,7 @@ def metadata(config, result):
         dataset_name=Path(ours["train_dir"]).parent.name or "train", metric_type=kind,
         metric_name=name, metric_value=round(float(value), 4))
         for name, (kind, value) in metrics.items()]
+    # The Hub shows how to load it: only timm's own architectures load with timm.
     library = "timm" if timm.is_model(config["architecture"]) else "pytorch"
     return ModelCardData(model_name=ours["model"], pipeline_tag="image-classification",
                          library_name=library, tags=["face-mask"],
@@ -91,6 +92,7 @@ def metadata(config, result):
 
 def describe_scores(folder, state, predictions, scores):
     """Return the section with macro F1, accuracies and curves."""
+    # Rows: mask, gender, age. A photo is right in all three if its class is right.
     truth, guess = (np.stack(decode(predictions[name].to_numpy())) for name in ("label", "ans"))
     right = dict(zip(["mask", "gender", "age"], truth == guess, strict=True))
     right["all three"] = (truth == guess).all(axis=0)
@@ -120,11 +122,13 @@ def describe_groups(predictions, race):
     """Return the section with the accuracy of each group of people and the gaps between them."""
     mask, gender, age = (part.to_numpy() for part in decode(predictions.label))
     right = (predictions.label == predictions["ans"]).to_numpy()
+    # "|" would end a cell of the table.
     race = race.str.replace("|", "/").replace("", "unknown").to_numpy()
     groups = {name: gender * len(AGES) + age == k for k, name in enumerate(GROUP_NAMES)}
     cells = {f"{name}, {state}": where & (mask == k)
              for name, where in groups.items() for k, state in enumerate(MASKS)}
     races = {name: race == name for name in sorted(set(race))}
+    # All groups share the bootstrap draws, so their differences are paired.
     wheres = groups | cells | races
     rates = bootstrap_rates({name: (right, wheres[name]) for name in wheres}, predictions.person)
     rows = [[name, rates.people[name], *(rates.text[f"{name}, {state}"] for state in MASKS),
@@ -172,6 +176,7 @@ def describe_data(state, train_photos, valid_photos):
     """Return the section with the counts of people and photos, and the fingerprint."""
     rows = []
     for name, photos in [("training", train_photos), ("validation", valid_photos)]:
+        # A person has one gender and one age, whatever the number of photos.
         people = photos.drop_duplicates("person")
         counts = np.bincount(people.gender * len(AGES) + people.age, minlength=len(GROUP_NAMES))
         rows.append([name, len(photos), len(people), *counts])

@@ -135,6 +135,7 @@ def save_checkpoint(output_dir, model, config, state, predictions, training_stat
     if distributed.rank():
         return None
     folder = Path(output_dir) / f"checkpoint-{state.step}"
+    # safetensors stores contiguous tensors only; the model may be in channels_last.
     tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     with write_atomically(folder) as temporary:
         temporary.mkdir()

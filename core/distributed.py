@@ -26,6 +26,7 @@ def init_distributed(device):
             processes than GPUs, or processes that do not find each other.
     """
     if _torchrun_processes() > 1 and not dist.is_initialized():
+        # With torchrun the local rank chooses the GPU.
         if device.index is not None:
             raise InputError(f"--device {device}: torchrun gives each process its own GPU; pass "
                              f"--device cuda")
@@ -36,6 +37,7 @@ def init_distributed(device):
                                  f"machine has {torch.cuda.device_count()} GPUs; start at most "
                                  f"one process per GPU")
         try:
+            # NCCL for GPUs, Gloo for CPUs: the fastest backend of each.
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (dist.DistError, OSError) as error:
             raise InputError(f"the processes cannot connect ({as_one_line(error)}); check that "
@@ -52,6 +54,7 @@ def _torchrun_processes():
     names = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
     limits = {"RANK": os.environ["WORLD_SIZE"], "MASTER_PORT": "65536"}
     wrong = [name for name in names if not os.environ.get(name, "").isdecimal()]
+    # A rank that is too high would wait for the others for half an hour.
     wrong += [name for name, limit in limits.items()
               if not wrong and int(os.environ[name]) >= int(limit)]
     if wrong or not os.environ.get("MASTER_ADDR"):
@@ -109,6 +112,7 @@ def launch(name):
     """Return the start of the command line of these processes: "python train.py", or torchrun."""
     if world_size() == 1:
         return script(name)
+    # The command that torchrun was started with, as far as its variables tell.
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     nnodes = f"--nnodes={nodes} " if nodes > 1 else ""
     processes = f"{nnodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
@@ -130,6 +134,7 @@ def all_gather_object(value):
     values = [value]
     if dist.is_initialized():
         values *= world_size()
+        # Pickled, so values of any type and size; not for each step.
         dist.all_gather_object(values, value)
     return values
 
@@ -159,6 +164,7 @@ def gather_in_order(items):
 
     Process r has items r, r + world_size, r + 2 * world_size, ...
     """
+    # One item of each process in turn; the last processes may have one less.
     rows = itertools.zip_longest(*all_gather_object(items))
     return [item for row in rows for item in row if item is not None]
 
@@ -210,4 +216,5 @@ class StopSignals:
         """
         if world_size() == 1:
             return self.received
+        # All processes must stop after the same step.
         return max(all_gather_object(self.received)) if step % interval == 0 else 0

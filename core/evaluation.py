@@ -70,6 +70,7 @@ def largest_gap(rates):
     Args:
         rates: rows of `bootstrap_rates`; groups of fewer than MIN_PEOPLE people are left out.
     """
+    # Small groups have extreme rates by chance.
     rates = rates[rates.people >= MIN_PEOPLE]
     if len(rates) < 2:
         return None

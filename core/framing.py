@@ -48,6 +48,7 @@ def measure_framing(paths, file):
         if len(faces):
             box = faces[faces[:, 4].argmax(), :4]
             found.append([*(box[:2] + box[2:] / 2) / (width, height), box[3] / height])
+    # These photos are no portraits: a median would mean nothing.
     if len(found) < len(chosen) / 2:
         return None
     values = [*np.median(found, axis=0), np.median(aspects)]

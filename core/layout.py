@@ -86,6 +86,7 @@ def is_train_part(folder):
 
 def dataset_folders(data_dir):
     """Return where the train and eval parts are; inference without --data_dir reads this."""
+    # The launch scripts of the competition pass the eval folder in a variable of its own.
     channel = None
     if data_dir == os.environ.get("SM_CHANNEL_TRAIN"):
         channel = os.environ.get("SM_CHANNEL_EVAL")
@@ -118,6 +119,7 @@ def read_train(data_dir, fix_labels=True):
     if folder is None:
         raise InputError(f"{data_dir}: no train/train.csv in it; expected train/train.csv and "
                          f"train/images")
+    # People come from the table, photos from the folders; both must agree.
     people = _read_people(folder / "train.csv")
     photos = _list_photos(folder / "images", people)
     ends = people.path.iloc[0], people.path.iloc[-1]
@@ -155,6 +157,7 @@ def read_eval(data_dir, require_all=True):
     paths = {image_id: os.path.join(images, image_id) for image_id in info.ImageID}
     missing = [image_id for image_id, path in paths.items() if not os.path.isfile(path)]
     if missing:
+        # Only now list the folder, which is slow: names may differ in their Unicode form.
         on_disk = {_normalized(os.path.relpath(file, images)): file for file in _walk(images)}
         paths |= {image_id: on_disk[_normalized(image_id)] for image_id in missing
                   if _normalized(image_id) in on_disk}

@@ -80,6 +80,7 @@ def has_current_onnx(checkpoint):
     path = checkpoint / "model.onnx"
     if not path.is_file():
         return False
+    # A resumed run may have written other weights since.
     metadata = _session(path).get_modelmeta().custom_metadata_map
     return metadata.get("weights_sha256") == _weights_sha256(checkpoint)
 

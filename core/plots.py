@@ -46,6 +46,7 @@ def save_curves(history, losses, path):
     for axes, name, label in [(left, "train_loss", "training loss, mean since the last evaluation"),
                               (left, "log_loss", "validation log loss"),
                               (right, "macro_f1", "validation macro F1")]:
+        # Without validation only the training loss is there.
         if name in history[-1]:
             axes.plot(steps, [metrics[name] for metrics in history], marker="o", label=label)
     for axes in (left, right):
@@ -65,6 +66,7 @@ def save_reliability(bins, path):
 
     figure = Figure(figsize=(4.5, 4.5), dpi=90)
     axes = figure.add_axes((0.13, 0.12, 0.84, 0.84))
+    # A calibrated model is on the diagonal.
     axes.plot([0, 1], [0, 1], color="gray", linestyle="dotted")
     axes.plot(bins.confidence, bins.accuracy, marker="o")
     for row in bins.itertuples():

@@ -34,6 +34,7 @@ def torch_predictor(model, normalize, amp=None):
     def predictor(images):
         with autocast(images.device, amp):
             logits = model(normalize(images))
+        # float32: bfloat16 has about three digits.
         return logits.float().softmax(dim=1)
     return predictor
 
@@ -52,6 +53,7 @@ def predict(members, loader, device):
     progress = tqdm(loader, "predict", leave=False, disable=True if distributed.rank() else None)
     for images, *_ in progress:
         images = to_device(images, device)
+        # On the device until the end: copying each batch would wait for it.
         outputs.append(torch.stack([_predict_views(predictor, images, tta)
                                     for predictor, tta in members]))
     # Bring the batches of all processes together, and drop the padding at the end.

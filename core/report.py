@@ -34,6 +34,7 @@ def log_data(train_photos, valid_photos, class_weight):
     log.info(f"class counts: {' '.join(map(str, counts))}")
     if class_weight is not None:
         log.info(f"class weights: {' '.join(f'{w:.2f}' for w in class_weight.tolist())}")
+    # Such a class is hardly learned in training, and counts 0 in the macro F1 of validation.
     for part, photos in parts.items():
         missing = [name for label, name in enumerate(CLASS_NAMES) if label not in set(photos.label)]
         if len(photos) and missing:
@@ -79,6 +80,7 @@ class Reporter:
         if self.is_main:
             # Slow to import: errors in flags or data come first.
             from torch.utils.tensorboard import SummaryWriter
+            # Hide what a killed run logged after its last checkpoint.
             purge_step = state.step + 1 if state.step else None
             self.writer = SummaryWriter(str(output_dir), purge_step=purge_step)
         self.restart_clock()

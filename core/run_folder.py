@@ -229,6 +229,7 @@ def latest_valid_checkpoint(output_dir):
 
 def update_best(state):
     """Note the newest evaluation as the best if it is; without validation it always is."""
+    # A tie keeps the earlier checkpoint.
     newest = state.history[-1]
     if "macro_f1" not in newest:
         state.best_step = newest["step"]
@@ -257,6 +258,7 @@ def prune_checkpoints(output_dir, state, keep_last):
     checkpoints = [folder for folder in folders if step_of(folder) <= state.step]
     evaluated = {metrics["step"] for metrics in state.history}
     for folder in folders:
+        # The checkpoint of a stop signal has no score: it is needed only until the next one.
         is_recent = folder in checkpoints[-keep_last:] and step_of(folder) in evaluated
         if not is_recent and step_of(folder) not in (state.best_step, state.step):
             # Renamed first: a run that is killed here leaves no half-deleted checkpoint.

@@ -88,6 +88,7 @@ def _parse_csv(text, columns):
     try:
         for row in reader:
             first, line = line + 1, reader.line_num
+            # Empty cells at the end of a row are common, and missing ones count as empty.
             if any(row[len(header):]):
                 raise ValueError(f", line {first}: {len(row)} values for {len(header)} columns")
             if any(value.strip() for value in row):

@@ -120,6 +120,7 @@ class Trainer:
         try:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
+            # A run may be resumed on a device with another precision.
             if self.scaler.is_enabled() and state["scaler"]:  # empty from a run without float16
                 self.scaler.load_state_dict(state["scaler"])
             if self.ema:
@@ -138,6 +139,7 @@ def explain_out_of_memory(batch_size, accumulation_steps):
     except Exception as error:
         if not is_out_of_memory(error):
             raise
+        # Half the batch must still be shared equally, with two photos or more for batch norm.
         half, processes = batch_size // 2, distributed.world_size()
         remedy = (f"--batch_size {half} --accumulation_steps {2 * accumulation_steps}, which needs "
                   f"about half of the memory")

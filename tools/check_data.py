@@ -16,6 +16,7 @@ from core.layout import find_part, list_images, read_eval, read_train
 @restores_process
 def main(argv=None):
     photos = read_parts(parse_args(argv).data_dir)
+    # Decode every photo: this finds damage, and the digest finds copies.
     photos = photos.join(check_images(photos.path))
     print(describe(photos))
     bad, repeated = photos[photos.error != ""], find_repeated(photos)
@@ -37,6 +38,7 @@ def read_parts(data_dir):
     if find_part(data_dir, "train"):
         parts["train"] = read_train(data_dir)[["path", "person", "label"]]
     if find_part(data_dir, "eval"):
+        # Missing photos are an error of training and inference; here the others are checked.
         parts["eval"] = read_eval(data_dir, require_all=False)[["path"]]
     if not parts:
         parts["photos"] = list_images([data_dir])[["path"]]
@@ -46,6 +48,7 @@ def read_parts(data_dir):
 
 def find_repeated(photos):
     """Return a line for each photo whose earlier copy has another person, label or part."""
+    # Copies of one person and label are harmless; all others mean a wrong label or a leak.
     first, lines = {}, []
     for photo in photos[photos.digest != ""].itertuples():
         before = first.setdefault(photo.digest, photo)

@@ -106,6 +106,7 @@ def find_errors(predictions, years=None):
         DataFrame: kind, rank (from 1), person, photos (list of file names to look at), label,
         prediction, score in [0, 1].
     """
+    # (N, mask, gender, age); 0 would make scores of 0 / 0.
     joint = predictions[PROBABILITIES].to_numpy(dtype=float).clip(1e-6)
     joint = (joint / joint.sum(1, keepdims=True)).reshape(-1, len(MASKS), len(GENDERS), len(AGES))
     mask, gender, age = decode(predictions.label.to_numpy())
@@ -122,6 +123,7 @@ def find_errors(predictions, years=None):
         rows += [(kind, name, *values) for kind, *values in found]
     errors = pd.DataFrame(rows, columns=["kind", "person", "photos", "label", "prediction",
                                          "score"])
+    # Sort by the order of KINDS, then the most suspicious first.
     kinds = pd.Categorical(errors.kind, KINDS)
     errors = errors.assign(kind=kinds).sort_values(["kind", "score"], kind="stable")
     errors.insert(1, "rank", errors.groupby("kind", observed=True).cumcount() + 1)
@@ -139,6 +141,7 @@ def wrong_attributes(files, mask, joint, gender, age, likely_age):
         ("gender", GENDERS, gender, mean.sum((0, 2)), np.eye(len(GENDERS))[gender]),
         ("age", AGES, age, mean.sum((0, 1)), likely_age),
     ]:
+        # `likely` spreads an age near a border over two bands.
         best = probabilities.argmax()
         if best != label:
             yield kind, [files[0]], names[label], names[best], probabilities @ likely
@@ -146,6 +149,7 @@ def wrong_attributes(files, mask, joint, gender, age, likely_age):
 
 def swapped_shots(files, mask, joint):
     """Swap: both mask states as labelled, compared with both exchanged."""
+    # It takes one photo of each of the two states.
     if not {1, 2} <= set(mask):
         return
     incorrect, no_mask = (joint[mask == state].sum((2, 3)).mean(axis=0) for state in (1, 2))

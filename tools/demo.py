@@ -87,6 +87,7 @@ class Explainer:
 
 
 def create_page(explainer):
+    # Slow to import, and an optional package.
     import gradio
 
     def show(path):
