@@ -70,7 +70,7 @@ def split_people(photos, val_ratio=0.2, seed=0, n_folds=0, fold=0):
         positions = np.arange(count)[fold::n_folds]  # spreads each group over all folds
     else:
         num_valid = round(count * val_ratio)
-        # The middles of num_valid equal parts of the list.
+        # Take the middle of each of num_valid equal parts of the list.
         positions = ((np.arange(num_valid) + 0.5) * count / max(num_valid, 1)).astype(int)
     needs_valid = n_folds or val_ratio > 0
     if len(positions) == count or (needs_valid and not len(positions)) or count < n_folds:
@@ -194,7 +194,7 @@ def _resize(pixels, size):
     """Resize a uint8 array (H, W, 3) bilinearly to (height, width), antialiased if it shrinks."""
     if max(pixels.shape[0] / size[0], pixels.shape[1] / size[1]) <= MAX_PLAIN_SHRINK:
         return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_LINEAR)
-    # OpenCV has no antialiased bilinear resize; torch has, as Pillow.
+    # OpenCV has no antialiased bilinear resize; torch and Pillow have one.
     planes = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = F.interpolate(planes, size=size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
@@ -231,7 +231,7 @@ class RandomAffine:
         rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
         matrix = np.eye(3)
         matrix[:2, :2] = rotation / zoom
-        # The middle of the result, plus the shift, shows the middle of the photo.
+        # The centre of the photo appears at the centre of the result plus the shift.
         matrix[:2, 2] = centre - matrix[:2, :2] @ (centre + shift)
         if is_mirrored:  # the matrix includes the flip
             matrix = matrix @ [[-1, 0, size[1] - 1], [0, 1, 0], [0, 0, 1]]

@@ -171,8 +171,10 @@ def match(submission_path, answers_path):
             and as `read_answers`.
     """
     submission, answers = read_answers(submission_path), read_answers(answers_path)
-    if "person" in answers:
-        read_table(answers_path, ["ImageID", "ans", "person"])
+    if "person" in answers and (answers.person == "").any():
+        first = (answers.person == "").idxmax()
+        raise InputError(f"{answers_path}: no person for {first}; expected one in every row, or no "
+                         f"column person")
     for path, extra, other in [
         (submission_path, submission.index.difference(answers.index), answers_path),
         (answers_path, answers.index.difference(submission.index), submission_path),

@@ -102,7 +102,7 @@ def main(argv=None):
         save_drawings(args.draw, photos.join(readable))
     if not is_eval:
         print(table.drop(columns=BOX, errors="ignore").head(10).to_string(index=False))
-    # Then what a reader wants to know: counts, what was left out, files, the next command.
+    # Print the counts, what was left out, the files and the next command.
     print(histogram(predictions, configs[0].get("class_counts")))
     skipped = len(all_photos) - photos.path.nunique()
     if skipped:

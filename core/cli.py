@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if hasattr(signal, "SIGHUP"):  # a terminal that is closed; not on Windows
     STOP_SIGNALS.append(signal.SIGHUP)
-# A quoted or escaped text, which is kept, or a comment.
+# Matches quoted or escaped text, which is kept, or a comment.
 COMMENT = re.compile(r"""('[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?<!\S)#.*""")
 log = logging.getLogger("mask")
 

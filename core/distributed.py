@@ -112,7 +112,7 @@ def launch(name):
     """Return the start of the command line of these processes: "python train.py", or torchrun."""
     if world_size() == 1:
         return script(name)
-    # The command that torchrun was started with, as far as its variables tell.
+    # Rebuild torchrun's own command from its environment variables.
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     nnodes = f"--nnodes={nodes} " if nodes > 1 else ""
     processes = f"{nnodes}--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"
@@ -134,7 +134,7 @@ def all_gather_object(value):
     values = [value]
     if dist.is_initialized():
         values *= world_size()
-        # Pickled, so values of any type and size; not for each step.
+        # It pickles the values: any type and size, but too slow for every step.
         dist.all_gather_object(values, value)
     return values
 

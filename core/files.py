@@ -91,7 +91,7 @@ def check_output(*paths, suffix=".csv"):
             delete(temporary)
         if os.path.exists(path) and not os.access(path, os.W_OK):
             raise InputError(f"{path}: is read-only; choose another file")
-        # A slip must not replace a photo, a model or a table of the dataset.
+        # A mistyped name must not replace a photo, a model or a table of the dataset.
         target = Path(os.path.realpath(path))
         is_ours = target.suffix.lower() == suffix and target.name not in DATASET_TABLES
         if target.is_file() and not (is_ours or _is_stream(path) or target.stat().st_size == 0):

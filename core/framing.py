@@ -48,7 +48,7 @@ def measure_framing(paths, file):
         if len(faces):
             box = faces[faces[:, 4].argmax(), :4]
             found.append([*(box[:2] + box[2:] / 2) / (width, height), box[3] / height])
-    # These photos are no portraits: a median would mean nothing.
+    # With so few faces the medians would mean nothing.
     if len(found) < len(chosen) / 2:
         return None
     values = [*np.median(found, axis=0), np.median(aspects)]
@@ -189,7 +189,8 @@ class FramedPhotos(Dataset):
             pixels = read_image(path, self.crop_resize.min_size)
         else:
             pixels = _read_cached(path)
-            # A face that fills a photo of many megapixels would need gigabytes for its frame.
+            # A face that fills a photo of many megapixels would need gigabytes for its frame: make
+            # the frame at most four times as large as the crop needs.
             scale = 4 * self.crop_resize.min_size[0] / (box[3] / self.framing["height"])
             if scale < 1:
                 size = [max(round(length * scale), 1) for length in pixels.shape[1::-1]]

@@ -103,7 +103,7 @@ def read_image(path, min_size=(math.inf, math.inf)):
 
 @functools.cache
 def _warn_once(path, damage):
-    # Errors are logged by all processes, and only the one that decodes the photo knows.
+    # Processes other than 0 log only errors, and each decodes photos of its own.
     log.error(f"warning: {path}: damaged ({damage}), used as far as it can be decoded; restore it, "
               f"or leave it out with --on_bad_image skip")
 

@@ -53,7 +53,7 @@ def predict(members, loader, device):
     progress = tqdm(loader, "predict", leave=False, disable=True if distributed.rank() else None)
     for images, *_ in progress:
         images = to_device(images, device)
-        # On the device until the end: copying each batch would wait for it.
+        # The results stay on the device: copying each batch would make the host wait.
         outputs.append(torch.stack([_predict_views(predictor, images, tta)
                                     for predictor, tta in members]))
     # Bring the batches of all processes together, and drop the padding at the end.

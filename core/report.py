@@ -34,10 +34,12 @@ def log_data(train_photos, valid_photos, class_weight):
     log.info(f"class counts: {' '.join(map(str, counts))}")
     if class_weight is not None:
         log.info(f"class weights: {' '.join(f'{w:.2f}' for w in class_weight.tolist())}")
-    # Such a class is hardly learned in training, and counts 0 in the macro F1 of validation.
+    # A class without training photos is hardly learned; one without validation photos counts 0 in
+    # macro F1.
     for part, photos in parts.items():
-        missing = [name for label, name in enumerate(CLASS_NAMES) if label not in set(photos.label)]
-        if len(photos) and missing:
+        labels = set(photos.label)
+        missing = [name for label, name in enumerate(CLASS_NAMES) if label not in labels]
+        if labels and missing:
             log.warning(f"warning: no {part} photo of {'; '.join(missing)}")
 
 

@@ -132,7 +132,7 @@ def test_written_probabilities_give_the_same_log_loss(tmp_path):
 
 def test_answers_with_a_row_without_a_person_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("ImageID,ans,person\na,1,p\nb,2,\n")
-    with pytest.raises(InputError, match=r"a\.csv, line 3: no person"):
+    with pytest.raises(InputError, match=r"a\.csv: no person for b; expected"):
         match(tmp_path / "a.csv", tmp_path / "a.csv")
 
 

@@ -149,7 +149,7 @@ def wrong_attributes(files, mask, joint, gender, age, likely_age):
 
 def swapped_shots(files, mask, joint):
     """Swap: both mask states as labelled, compared with both exchanged."""
-    # It takes one photo of each of the two states.
+    # Needs at least one photo of each of the two states.
     if not {1, 2} <= set(mask):
         return
     incorrect, no_mask = (joint[mask == state].sum((2, 3)).mean(axis=0) for state in (1, 2))
